@@ -1,0 +1,94 @@
+"""What a back end decides besides its kernels: the layout of packed weights and of the KV cache.
+
+The kernels themselves hang on PyTorch's dispatcher. These two layouts cannot: a cache is made
+before any op runs. The registry below is process-wide for the same reason the dispatcher is: a
+kernel registered for a device serves every engine of the process, so its layouts must too.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class KernelBackend(Protocol):
+    """The layouts of one device's kernels."""
+
+    name: str
+
+    def new_kv_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Zeros [num_blocks, 2, num_kv_heads * block_size * head_dim]; inner layout is ours."""
+        ...
+
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+        """[N, K] to the 4-D layout of the kernels, or `weight` itself."""
+        ...
+
+    def unpack_weight(
+        self, packed: Tensor, out_features: int, in_features: int, gated: bool = False
+    ) -> Tensor:
+        """The [N, K] weight that `pack_weight` took; a size of 0 leaves that dim's padding on."""
+        ...
+
+
+class ReferenceBackend:
+    """Plain weights; cache blocks laid out [2, num_kv_heads, block_size, head_dim]."""
+
+    name = "reference"
+
+    def new_kv_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """See KernelBackend."""
+        size = num_kv_heads * block_size * head_dim
+        return torch.zeros(num_blocks, 2, size, dtype=dtype, device=device)
+
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+        """See KernelBackend."""
+        return weight
+
+    def unpack_weight(
+        self, packed: Tensor, out_features: int, in_features: int, gated: bool = False
+    ) -> Tensor:
+        """See KernelBackend."""
+        return packed
+
+
+_REFERENCE = ReferenceBackend()
+_by_device: dict[str, KernelBackend] = {}
+
+
+def use_backend(device_type: str, backend: KernelBackend) -> None:
+    """Let `backend` own the layouts of tensors on `device_type` ("cpu", "cuda")."""
+    _by_device[device_type] = backend
+
+
+def backend_for(device_type: str) -> KernelBackend:
+    """The back end whose layouts hold on `device_type`; the reference when none was set."""
+    return _by_device.get(device_type, _REFERENCE)
+
+
+def plain_weight(
+    weight: Tensor, out_features: int, in_features: int, gated: bool = False
+) -> Tensor:
+    """`weight` as [N, K]: itself when plain, unpacked by its back end when packed (4-D)."""
+    if weight.dim() == 2:
+        return weight
+    backend = backend_for(weight.device.type)
+    return backend.unpack_weight(weight, out_features, in_features, gated)

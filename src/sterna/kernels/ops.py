@@ -1,0 +1,251 @@
+"""The op table: one contract an op, whatever back end runs it.
+
+Legend: T tokens, R output rows, D hidden_size, K in_features, N out_features, H query heads,
+G key/value heads, C head_dim, V vocabulary, S sequences, B block-table width.
+
+Every op takes and returns contiguous tensors of the compute dtype (float32 or bfloat16; float16
+on CUDA) unless said otherwise, accumulates in float32 and rounds once, at its output. The value of
+an output row never depends on the other rows of the call (batch-invariant).
+
+Weights of `linear`, `gated_linear`, `logits` and `embed` come plain ([N, K], the Hugging Face
+layout) or packed by `pack_weight` (4-D, layout owned by the back end). Both give the same bits.
+
+The functions below are thin: each calls its `sterna::NAME` in PyTorch's dispatcher, where the
+reference serves every device and a back end's kernel overrides it for its own (see `load.py`).
+Index tensors are int32 but for `slots` (int64). The road not taken: `torch.library.custom_op`,
+which adds about 20 us a call; a Library with explicit keys adds 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sterna.kernels import optable
+from sterna.kernels.backend import backend_for
+
+_Op = Callable[..., Tensor]
+_sterna = optable.define()
+
+_embed: _Op = _sterna.embed.default
+_rms_norm: _Op = _sterna.rms_norm.default
+_layer_norm: _Op = _sterna.layer_norm.default
+_linear: _Op = _sterna.linear.default
+_gated_linear: _Op = _sterna.gated_linear.default
+_activate: _Op = _sterna.activate.default
+_add: _Op = _sterna.add.default
+_select_rows: _Op = _sterna.select_rows.default
+_logits: _Op = _sterna.logits.default
+_rope: _Op = _sterna.rope.default
+_attention: _Op = _sterna.attention.default
+_rope_store: _Op = _sterna.rope_store.default
+_paged_attention: _Op = _sterna.paged_attention.default
+
+
+def embed(tokens: Tensor, table: Tensor, hidden_size: int, scale: float = 1.0) -> Tensor:
+    """tokens [T] int32, table [V, D] -> [T, D]: rows times `scale`, rounded once.
+
+    `scale` is used as given; a model that rounds it to its dtype (Gemma) does so before.
+    """
+    return _embed(tokens, table, hidden_size, scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """x [T, D], weight [D] -> [T, D]: x / sqrt(mean(x^2) + eps) * weight.
+
+    `unit_offset` uses weight + 1 (Gemma).
+    """
+    return _rms_norm(x, weight, eps, unit_offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [T, D], weight and bias [D] -> [T, D]."""
+    return _layer_norm(x, weight, bias, eps)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
+) -> Tensor:
+    """x [T, K], weight [N, K], bias [N], residual [T, N] -> [T, N].
+
+    Bias and residual are added in float32, before the single rounding.
+    """
+    return _linear(x, weight, bias, residual, out_features)
+
+
+def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
+    """x [T, K], weight [2I, K] (gate rows, then up rows) -> [T, I]: act(gate) * up.
+
+    `activation` is "silu" or "gelu_tanh"; `out_features` is I. One rounding.
+    """
+    return _gated_linear(x, weight, activation, out_features)
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """Elementwise "relu", "gelu" (erf), "gelu_tanh" or "silu"; same shape."""
+    return _activate(x, kind)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y of one shape."""
+    return _add(x, y)
+
+
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, D], rows [R] int32 -> [R, D]."""
+    return _select_rows(x, rows)
+
+
+def logits(
+    x: Tensor, weight: Tensor, vocab_size: int, softcap: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """x [R, D], weight [V, D] -> float32 [R, V]: l = x @ weight.T * scale.
+
+    With `softcap` c > 0 the result is c * tanh(l / c).
+    """
+    return _logits(x, weight, vocab_size, softcap, scale)
+
+
+def rope(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """qkv [T, (H + 2G) * C], positions [T] int32 -> same shape, queries and keys rotated.
+
+    table: float32 [P, rotary_dim], row p = [cos(rotary_dim / 2) | sin(rotary_dim / 2)] with any
+    attention scaling multiplied in; None = no rotation (NoPE layers). Half-split rotation of the
+    first rotary_dim dims of each query and key head. q_norm, k_norm [C]: RMS norm of each head
+    before the rotation (Qwen3, Gemma 3), with `eps` and `unit_offset` as in `rms_norm`.
+    """
+    return _rope(
+        qkv,
+        positions,
+        table,
+        q_norm,
+        k_norm,
+        eps,
+        unit_offset,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+    )
+
+
+def attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """qkv [T, (H + 2G) * C] after `rope`, query_starts [S + 1] int32 -> [T, H * C].
+
+    Causal, each sequence over its own tokens. window w > 0: key j is visible to query i iff
+    i - w < j <= i. softcap c > 0: scores become c * tanh(score / c) before the softmax.
+    """
+    return _attention(qkv, query_starts, num_heads, num_kv_heads, head_dim, scale, window, softcap)
+
+
+def rope_store(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cache: Tensor,
+    slots: Tensor,
+    block_size: int,
+) -> Tensor:
+    """`rope`, then keys and values into `cache` at `slots` [T] int64 -> queries [T, H * C].
+
+    Inference only: it writes into the cache (block slot // block_size, row slot % block_size).
+    """
+    return _rope_store(
+        qkv,
+        positions,
+        table,
+        q_norm,
+        k_norm,
+        eps,
+        unit_offset,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        cache,
+        slots,
+        block_size,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """q [T, H * C] from `rope_store` -> [T, H * C]; inference only.
+
+    block_tables [S, B] int32, query_starts [S + 1] int32, context_lens [S] int32. The queries of
+    a sequence are the last of its context_len tokens. window and softcap as in `attention`.
+    """
+    return _paged_attention(
+        q,
+        cache,
+        block_tables,
+        query_starts,
+        context_lens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        block_size,
+        scale,
+        window,
+        softcap,
+    )
+
+
+def new_kv_cache(
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Zeros [num_blocks, 2, G * block_size * C]; the inner layout is owned by the back end."""
+    backend = backend_for(device.type)
+    return backend.new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
+
+
+def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
+    """weight [N, K] -> the 4-D layout of the back end in use, or `weight` itself (reference).
+
+    `gated`: the rows are [gate; up] for `gated_linear`.
+    """
+    return backend_for(weight.device.type).pack_weight(weight, gated)

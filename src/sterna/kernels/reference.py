@@ -1,0 +1,235 @@
+"""Every op in plain PyTorch: the specification, the fallback and the oracle of the fast back ends.
+
+Nothing here is fast. Each function computes in float32 and rounds once, at its output, so a fast
+kernel differs from it only by the order of float32 additions. The same functions, run again under
+autograd, are the backward of every op (see `autograd.py`).
+
+Legend: T tokens, R output rows, D hidden_size, K in_features, N out_features, H query heads,
+G key/value heads, C head_dim, V vocabulary, S sequences, B block-table width.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sterna.kernels.backend import plain_weight
+
+
+def embed(tokens: Tensor, table: Tensor, hidden_size: int, scale: float = 1.0) -> Tensor:
+    """Rows of `table` times `scale`."""
+    rows = plain_weight(table, 0, hidden_size).index_select(0, tokens)
+    return rows if scale == 1.0 else (rows.float() * scale).to(rows.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
+    return _rms_f32(x.float(), weight, eps, unit_offset).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    return normed.to(x.dtype)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
+) -> Tensor:
+    """x @ weight.T + bias + residual, rounded once."""
+    y = x.float() @ plain_weight(weight, out_features, x.shape[-1]).float().t()
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
+def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
+    """activation(x @ gate.T) * (x @ up.T); `weight` is [gate; up]."""
+    y = x.float() @ plain_weight(weight, 2 * out_features, x.shape[-1], gated=True).float().t()
+    gate, up = torch.split(y, out_features, dim=-1)
+    return (_activate_f32(gate, activation) * up).to(x.dtype)
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """relu, gelu (erf), gelu_tanh or silu of every element."""
+    return _activate_f32(x.float(), kind).to(x.dtype)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y."""
+    return (x.float() + y.float()).to(x.dtype)
+
+
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of x named by `rows`, in that order."""
+    return x.index_select(0, rows)
+
+
+def logits(
+    x: Tensor, weight: Tensor, vocab_size: int, softcap: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """float32 x @ weight.T * scale, then softcap * tanh(l / softcap) when softcap > 0."""
+    scores = x.float() @ plain_weight(weight, vocab_size, x.shape[-1]).float().t()
+    return _softcap(scores * scale if scale != 1.0 else scores, softcap)
+
+
+def rope(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """Normalise and rotate the query and key heads of qkv; values pass through."""
+    q, k, v = _split_heads(qkv, num_heads, num_kv_heads, head_dim)
+    q = _rotate(_head_norm(q.float(), q_norm, eps, unit_offset), positions, table)
+    k = _rotate(_head_norm(k.float(), k_norm, eps, unit_offset), positions, table)
+    heads = torch.cat([q.to(qkv.dtype), k.to(qkv.dtype), v], dim=1)
+    return heads.reshape(qkv.shape)
+
+
+def attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of packed sequences, each over its own tokens only."""
+    q, k, v = _split_heads(qkv, num_heads, num_kv_heads, head_dim)
+    bounds = query_starts.tolist()
+    outputs = [
+        _attend(q[a:b], k[a:b], v[a:b], scale, window, softcap)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(outputs).reshape(qkv.shape[0], num_heads * head_dim).to(qkv.dtype)
+
+
+def rope_store(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cache: Tensor,
+    slots: Tensor,
+    block_size: int,
+) -> Tensor:
+    """`rope`, then write the keys and values of each token at its slot; returns the queries."""
+    rotated = rope(
+        qkv, positions, table, q_norm, k_norm, eps, unit_offset, num_heads, num_kv_heads, head_dim
+    )
+    q, k, v = _split_heads(rotated, num_heads, num_kv_heads, head_dim)
+    view = cache.view(cache.shape[0], 2, num_kv_heads, block_size, head_dim)
+    blocks, offsets = slots // block_size, slots % block_size
+    view[blocks, 0, :, offsets] = k
+    view[blocks, 1, :, offsets] = v
+    return q.reshape(qkv.shape[0], num_heads * head_dim).contiguous()
+
+
+def paged_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention of each sequence's new tokens over its whole context in the paged cache."""
+    view = cache.view(cache.shape[0], 2, num_kv_heads, block_size, head_dim)
+    heads = q.view(q.shape[0], num_heads, head_dim)
+    bounds, lengths = query_starts.tolist(), context_lens.tolist()
+    outputs = [heads[:0].float()]
+    for s_idx, length in enumerate(lengths):
+        num_blocks = -(-length // block_size)
+        pages = view[block_tables[s_idx, :num_blocks].long()]  # [blocks, 2, G, block, C]
+        flat = pages.permute(1, 0, 3, 2, 4).reshape(2, -1, num_kv_heads, head_dim)[:, :length]
+        rows = heads[bounds[s_idx] : bounds[s_idx + 1]]
+        outputs.append(_attend(rows, flat[0], flat[1], scale, window, softcap))
+    return torch.cat(outputs).reshape(q.shape).to(q.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """q [t, H, C] are the last t of the n positions of k, v [n, G, C]; float32 [t, H, C]."""
+    t, num_heads, _ = q.shape
+    n, num_kv_heads, _ = k.shape
+    group = num_heads // num_kv_heads
+    q_HtC = q.float().transpose(0, 1)
+    k_HnC = k.float().transpose(0, 1).repeat_interleave(group, dim=0)
+    v_HnC = v.float().transpose(0, 1).repeat_interleave(group, dim=0)
+    scores = _softcap(q_HtC @ k_HnC.transpose(1, 2) * scale, softcap)
+    i = torch.arange(n - t, n, device=q.device)[:, None]
+    j = torch.arange(n, device=q.device)[None, :]
+    hidden = j > i
+    if window > 0:
+        hidden = hidden | (j <= i - window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return (scores.softmax(dim=-1) @ v_HnC).transpose(0, 1)
+
+
+def _split_heads(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, (H + 2G) * C] as q [T, H, C], k [T, G, C], v [T, G, C] (views)."""
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    return q, k, v
+
+
+def _head_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
+    return x if weight is None else _rms_f32(x, weight, eps, unit_offset)
+
+
+def _rms_f32(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    gain = weight.float() + 1.0 if unit_offset else weight.float()
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * gain
+
+
+def _rotate(x: Tensor, positions: Tensor, table: Tensor | None) -> Tensor:
+    """Half-split rotation of the first rotary_dim dims of x [T, heads, C]."""
+    if table is None:
+        return x
+    half = table.shape[1] // 2
+    cos, sin = torch.split(table.index_select(0, positions)[:, None], half, dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _softcap(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+
+
+def _activate_f32(x: Tensor, kind: str) -> Tensor:
+    if kind == "relu":
+        return F.relu(x)
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "gelu":
+        return F.gelu(x)
+    if kind == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    raise ValueError(f"unknown activation {kind!r} (known: gelu, gelu_tanh, relu, silu)")
