@@ -1,0 +1,149 @@
+"""The exception tree. Every error a user can cause is here, with its exit code and HTTP status.
+
+A message says what was given, what is allowed and what to do, in that order.
+"""
+
+from __future__ import annotations
+
+
+class SternaError(Exception):
+    """Base of every error that Sterna raises on purpose.
+
+    `exit_code` is what the CLI leaves with, `http_status` what the server answers,
+    `code` the machine-readable name in an OpenAI error body, `param` the field at fault.
+    """
+
+    exit_code = 1
+    http_status = 500
+    error_type = "server_error"
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(SternaError):
+    """A setting is unknown, has a wrong type or a value that is not allowed."""
+
+    exit_code = 2
+    http_status = 400
+    error_type = "invalid_request_error"
+    code = "invalid_config"
+
+
+class ModelError(SternaError):
+    """A model cannot be found, read or is of a kind Sterna does not support."""
+
+    exit_code = 3
+    code = "model_error"
+
+
+class ModelNotFoundError(ModelError):
+    """No model by that name or path."""
+
+    http_status = 404
+    error_type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class ModelFileError(ModelError):
+    """A model file is missing, truncated or damaged; the message names the file."""
+
+    exit_code = 4
+
+
+class UnsupportedModelError(ModelError):
+    """The file is sound but its architecture, tensor type or option is not supported."""
+
+    exit_code = 5
+
+
+class KernelError(SternaError):
+    """A forced kernel level is not available on this machine, or an op refuses its arguments."""
+
+    exit_code = 6
+    code = "kernel_error"
+
+
+class PortInUseError(SternaError):
+    """The server's address is taken."""
+
+    exit_code = 7
+
+
+class RequestError(SternaError):
+    """A request that cannot be served as asked; the client has to change it."""
+
+    http_status = 400
+    error_type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ContextLengthError(RequestError):
+    """Prompt (plus asked completion) does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class GrammarError(RequestError):
+    """A JSON schema, regex, choice list or grammar does not compile."""
+
+    code = "invalid_grammar"
+
+
+class UnknownModelError(RequestError):
+    """The request names a model this server does not serve."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class AuthError(SternaError):
+    """Missing or wrong API key."""
+
+    http_status = 401
+    error_type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class BodyTooLargeError(RequestError):
+    """The HTTP body is larger than the server accepts."""
+
+    http_status = 413
+    code = "body_too_large"
+
+
+class OverloadedError(SternaError):
+    """The queue is full. `retry_after_s` predicts when a place will be free (seconds)."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDownError(SternaError):
+    """The server drains and accepts no new request."""
+
+    http_status = 503
+    error_type = "server_error"
+    code = "shutting_down"
+
+
+class DeadlineError(SternaError):
+    """The request's own deadline passed before it was finished."""
+
+    http_status = 408
+    error_type = "timeout_error"
+    code = "deadline_exceeded"
+
+
+class StepError(SternaError):
+    """A forward step failed for this request (for example NaN logits); others were not harmed."""
+
+    code = "step_failed"

@@ -1,0 +1,41 @@
+"""Engine settings. Field descriptions are the help text and the docs table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """How the engine schedules and how much memory it takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and activations; auto = bfloat16"
+    )
+    threads: int = Field(0, ge=0, description="kernel threads; 0 = all usable CPUs")
+    max_model_len: int | None = Field(
+        None, gt=0, description="longest prompt + completion; None = the model's own limit"
+    )
+    block_size: int = Field(16, description="tokens in a KV block; a multiple of 16")
+    kv_cache_bytes: int | None = Field(
+        None, gt=0, description="KV cache size; None = a share of the free memory"
+    )
+    num_kv_blocks: int | None = Field(None, gt=1, description="KV blocks; overrides kv_cache_bytes")
+    max_num_seqs: int = Field(64, gt=0, description="sequences in one step")
+    token_budget: int | None = Field(
+        None, gt=0, description="tokens in one step; None = measured at start"
+    )
+    policy: Literal["splitfuse", "whole-prompt"] = Field(
+        "splitfuse", description="splitfuse cuts and fuses prompts; whole-prompt runs them whole"
+    )
+    enable_prefix_cache: bool = Field(True, description="share KV blocks of equal prefixes")
+    max_queued_requests: int = Field(256, gt=0, description="waiting requests before 429")
+    max_queued_tokens: int = Field(
+        262_144, gt=0, description="prompt tokens of waiting requests before 429"
+    )
+    capture: bool = Field(True, description="replay recorded steps instead of re-interpreting")
+    seed: int = Field(0, description="seeds requests that bring none")

@@ -1,0 +1,123 @@
+// Arguments of every kernel: plain data, so that a tape can keep them and replay the call.
+//
+// Legend: T tokens, R output rows, K in, N out, H query heads, G key/value heads, C head_dim.
+// Pointers are to contiguous row-major memory; dtype 0 = float32, 1 = bfloat16.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace sterna {
+
+// Counts of one step. A recorded call keeps only which count its rows follow.
+struct Step {
+  int32_t num_rows[2];  // [0] = T tokens, [1] = R output rows
+  int32_t num_seqs;
+};
+
+// What a kernel knows of the thread that runs it.
+struct Worker {
+  int tid;
+  int num_threads;
+  std::atomic<int>* next;  // shared counter of the call, for dynamic work
+  char* scratch;           // private to the thread
+};
+constexpr int64_t SCRATCH_BYTES = 8 << 20;
+
+enum Act : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_GELU = 4 };
+
+struct EmbedArgs {
+  const int32_t* tokens;
+  const void* table;
+  void* out;
+  int32_t rows_kind, dtype, packed, hidden, vocab;
+  float scale;
+};
+
+struct NormArgs {
+  const void* x;
+  const void* weight;
+  const void* bias;  // layer norm only
+  void* out;
+  int32_t rows_kind, dtype, hidden, unit_offset, is_layer_norm;
+  float eps;
+};
+
+struct LinearArgs {
+  const void* x;
+  const void* weight;
+  const void* bias;      // [N] or null
+  const void* residual;  // [rows, N] or null
+  void* out;             // [rows, N]; gated: [rows, N] of 2N weight rows
+  int32_t rows_kind, dtype, packed, in_features, out_features;
+  int32_t gate;     // Act of the gate half, ACT_NONE = plain linear
+  int32_t out_f32;  // logits
+  float softcap, scale;
+};
+
+struct ActivateArgs {
+  const void* x;
+  const void* y;  // add: second operand; activate: null
+  void* out;
+  int32_t rows_kind, dtype, hidden, kind;
+};
+
+struct SelectArgs {
+  const void* x;
+  const int32_t* rows;
+  void* out;
+  int32_t dtype, hidden;
+};
+
+struct RopeArgs {
+  const void* qkv;  // [T, (H + 2G) * C]
+  const int32_t* positions;
+  const float* table;  // [P, rotary_dim]: cos half, sin half; null = no rotation
+  const void* q_norm;  // [C] or null
+  const void* k_norm;
+  void* out;             // rope: [T, (H + 2G) * C]; rope_store: [T, H * C]
+  void* cache;           // null = plain rope
+  const int64_t* slots;  // [T]
+  int32_t dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
+  float eps;
+};
+
+struct AttentionArgs {
+  const void* q;  // [T, q_stride]; the query heads come first in a row
+  void* cache;    // paged keys and values
+  const int32_t* block_tables;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  void* out;  // [T, H * C]
+  int32_t dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
+  float scale, softcap;
+};
+
+// A cache block holds, per key/value head, keys in panels of 16 tokens, [C / P][16][P], then
+// values [block_size / P][C][P], where P = 2 for bfloat16 (pairs feed one dot instruction) and
+// 1 for float32. Both are the B operand of the same micro-kernel: lanes run over keys in q.K and
+// over head_dim in p.V, and the walk over the reduction axis is sequential.
+inline int64_t kv_head_elems(int32_t block_size, int32_t head_dim) {
+  return int64_t(block_size) * head_dim;
+}
+
+// One function a kernel; one table an instruction set.
+struct KernelTable {
+  const char* name;
+  void (*embed)(const EmbedArgs&, const Step&, const Worker&);
+  void (*norm)(const NormArgs&, const Step&, const Worker&);
+  void (*linear)(const LinearArgs&, const Step&, const Worker&);
+  void (*activate)(const ActivateArgs&, const Step&, const Worker&);
+  void (*select)(const SelectArgs&, const Step&, const Worker&);
+  void (*rope)(const RopeArgs&, const Step&, const Worker&);
+  void (*attention)(const AttentionArgs&, const Step&, const Worker&);
+};
+
+// Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.
+constexpr int PANEL = 32;
+
+const KernelTable* baseline_table();
+const KernelTable* avx2_table();
+const KernelTable* avx512_table();
+const KernelTable* avx512bf16_table();
+
+}  // namespace sterna

@@ -1,0 +1,181 @@
+// y = x W^T (+ bias) (+ residual), or act(gate) * up, for 1..many rows on packed or plain weights.
+//
+// Few rows (decode): bound by memory; each thread walks one contiguous range of panels, two panels
+// at a time so that enough independent sums hide the latency of the dot. Many rows: tiles of
+// MAX_MR rows against one panel that stays in the L1/L2 cache; work is handed out dynamically.
+// Road not taken: lanes along K with a horizontal sum at the end. It reads plain [N, K] weights
+// directly, but 512 rows then need another order than 1 row, or lose half the speed.
+#include "args.h"
+#include "microkernel.h"
+
+namespace sterna {
+namespace STERNA_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MAX_MR = 12, FEW_MR = 6, NV = 2;  // 24 accumulators of 32 registers
+#else
+constexpr int MAX_MR = 4, FEW_MR = 4, NV = 2;  // 8 accumulators of 16 registers
+#endif
+constexpr int FEW_ROWS = 16;   // up to here the call is bound by memory
+constexpr int ROW_BLOCK = 96;  // rows that share a panel while it is in L2
+constexpr int GROUP = NV * VW; // outputs of one accumulator group
+
+template <class T>
+struct Job {
+  const LinearArgs& a;
+  const Worker& w;
+  int rows;
+  int steps() const { return (a.in_features + Elem<T>::P - 1) / Elem<T>::P; }
+  int64_t panel_elems() const { return int64_t(steps()) * PANEL * Elem<T>::P; }
+  int num_panels() const { return (a.out_features + PANEL - 1) / PANEL; }
+};
+
+// Copies 32 plain weight rows into a packed panel; rows past the end become zero.
+template <class T>
+const T* pack_panel(const Job<T>& job, int first_row, int end_row, T* dst) {
+  const T* weight = static_cast<const T*>(job.a.weight);
+  const int64_t K = job.a.in_features, P = Elem<T>::P;
+  for (int r = 0; r < PANEL; ++r) {
+    const T* src = weight + (first_row + r) * K;
+    bool real = first_row + r < end_row;
+    for (int64_t k = 0; k < K; ++k) dst[(k / P * PANEL + r) * P + k % P] = real ? src[k] : T(0);
+    if (K % P) dst[(K / P * PANEL + r) * P + 1] = T(0);
+  }
+  return dst;
+}
+
+// Panel `index` of the first (gate or only) or second (up) half of the weight. A gated weight has
+// 2N rows: packed as the panels of the gate, then the panels of up.
+template <class T>
+const T* panel(const Job<T>& job, int index, bool second, int slot) {
+  if (job.a.packed) {
+    int64_t at = index + (second ? job.num_panels() : 0);
+    return static_cast<const T*>(job.a.weight) + at * job.panel_elems();
+  }
+  int base = second ? job.a.out_features : 0;
+  T* dst = reinterpret_cast<T*>(job.w.scratch) + slot * job.panel_elems();
+  return pack_panel(job, base + index * PANEL, base + job.a.out_features, dst);
+}
+
+template <class T>
+void store_cols(T* out, vf v, int cols) {
+  if (cols >= VW) return store(out, v);
+  float lanes[VW];
+  store(lanes, v);
+  for (int i = 0; i < cols; ++i) store_one(out + i, lanes[i]);
+}
+
+template <class T>
+vf load_cols(const T* p, int cols) {
+  if (cols >= VW) return load(p);
+  float lanes[VW] = {};
+  for (int i = 0; i < cols; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+template <class T>
+void finish(const LinearArgs& a, int row, int col, vf v) {
+  int cols = a.out_features - col;
+  if (cols <= 0) return;
+  if (a.bias) v += load_cols(static_cast<const T*>(a.bias) + col, cols);
+  int64_t at = int64_t(row) * a.out_features + col;
+  if (a.residual) v += load_cols(static_cast<const T*>(a.residual) + at, cols);
+  if (!a.out_f32) return store_cols(static_cast<T*>(a.out) + at, v, cols);
+  if (a.scale != 1.f) v *= splat(a.scale);
+  if (a.softcap > 0.f) v = splat(a.softcap) * vtanh(v * splat(1.f / a.softcap));
+  store_cols(static_cast<float*>(a.out) + at, v, cols);
+}
+
+inline vf gated(int gate, vf g, vf u) { return (gate == ACT_SILU ? vsilu(g) : vgelu_tanh(g)) * u; }
+
+// MR rows x NP panels, all column groups. For a gated call b[0] is the gate and b[1] is up.
+template <class T, int MR, int NP>
+void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP]) {
+  constexpr int P = Elem<T>::P, N = NP * NV;
+  const T* x = static_cast<const T*>(job.a.x) + int64_t(row) * job.a.in_features;
+  for (int g = 0; g < PANEL; g += GROUP) {
+    const T* cols[N];
+    UNROLL for (int j = 0; j < N; ++j) cols[j] = b[j / NV] + (g + j % NV * VW) * P;
+    vf acc[MR][N] = {};
+    multiply<MR, N>(acc, x, job.a.in_features, cols, PANEL * P, job.a.in_features / P);
+    for (int i = 0; i < MR; ++i) {
+      if (NP == 2 && job.a.gate) {
+        for (int j = 0; j < NV; ++j)
+          finish<T>(job.a, row + i, col0 + g + j * VW,
+                    gated(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
+      } else {
+        for (int j = 0; j < N; ++j)
+          finish<T>(job.a, row + i, col0 + j / NV * PANEL + g + j % NV * VW, acc[i][j]);
+      }
+    }
+  }
+}
+
+template <class T, int NP, int MR>
+void tile_of(const Job<T>& job, int mr, int row, int col0, const T* const (&b)[NP]) {
+  if (mr == MR) return tile<T, MR, NP>(job, row, col0, b);
+  if constexpr (MR > 1) tile_of<T, NP, MR - 1>(job, mr, row, col0, b);
+}
+
+// Rows [row, end) in tiles of nearly equal height, at most MR each.
+template <class T, int NP, int MR>
+void tiles(const Job<T>& job, int row, int end, int col0, const T* const (&b)[NP]) {
+  int count = (end - row + MR - 1) / MR;
+  for (int t = count; t > 0; --t) {
+    int height = (end - row + t - 1) / t;
+    tile_of<T, NP, MR>(job, height, row, col0, b);
+    row += height;
+  }
+}
+
+template <class T>
+void one_unit(const Job<T>& job, int unit, int row, int end) {
+  const T* first = panel(job, unit, false, 0);
+  if (job.a.gate) {
+    const T* const both[2] = {first, panel(job, unit, true, 1)};
+    return tiles<T, 2, FEW_MR>(job, row, end, unit * PANEL, both);
+  }
+  const T* const only[1] = {first};
+  tiles<T, 1, MAX_MR>(job, row, end, unit * PANEL, only);
+}
+
+// Decode: a contiguous range of panels for each thread, so that memory is read in long streams.
+template <class T>
+void few_rows(const Job<T>& job) {
+  int64_t total = job.num_panels(), tid = job.w.tid, threads = job.w.num_threads;
+  int unit = total * tid / threads, end = total * (tid + 1) / threads;
+  bool paired = !job.a.gate && job.rows <= FEW_MR;
+  for (; paired && unit + 1 < end; unit += 2) {
+    const T* const both[2] = {panel(job, unit, false, 0), panel(job, unit + 1, false, 1)};
+    tiles<T, 2, FEW_MR>(job, 0, job.rows, unit * PANEL, both);
+  }
+  for (; unit < end; ++unit) one_unit(job, unit, 0, job.rows);
+}
+
+template <class T>
+void many_rows(const Job<T>& job) {
+  int units = job.num_panels(), blocks = (job.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  int per_block = (job.rows + blocks - 1) / blocks;
+  for (int i; (i = job.w.next->fetch_add(1, std::memory_order_relaxed)) < units * blocks;) {
+    int row = i / units * per_block, end = row + per_block;
+    one_unit(job, i % units, row, end < job.rows ? end : job.rows);
+  }
+}
+
+template <class T>
+void run(const LinearArgs& a, const Step& step, const Worker& w) {
+  Job<T> job{a, w, step.num_rows[a.rows_kind]};
+  if (job.rows == 0) return;
+  if (job.rows <= FEW_ROWS) return few_rows(job);
+  many_rows(job);
+}
+
+}  // namespace
+
+void linear(const LinearArgs& a, const Step& step, const Worker& w) {
+  a.dtype ? run<bf16>(a, step, w) : run<float>(a, step, w);
+}
+
+}  // namespace STERNA_ISA
+}  // namespace sterna

@@ -1,0 +1,67 @@
+// The one matrix micro-kernel: acc[MR][NV] += A[MR rows] * B[NV vectors of outputs].
+//
+// Lanes run over outputs and the walk over K is sequential, one fused multiply-add (or bf16 pair
+// dot) at a time, so an output has the same bits for 1 row and for 512. A is row-major; B gives
+// NV * VW outputs for each k step. P = elements a step: 2 for bfloat16, 1 for float32.
+#pragma once
+#include "simd.h"
+
+namespace sterna {
+namespace STERNA_ISA {
+
+template <class T> struct Elem;
+template <> struct Elem<float> { static constexpr int P = 1; };
+template <> struct Elem<bf16> { static constexpr int P = 2; };
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// b[j] points at vector j of k step 0; b_step is the distance of k steps in elements.
+template <int MR, int NV>
+static inline __attribute__((always_inline)) void multiply(
+    vf (&acc)[MR][NV], const float* a, int64_t lda, const float* const (&b)[NV], int64_t b_step,
+    int num_steps) {
+  for (int k = 0; k < num_steps; ++k) {
+    vf w[NV];
+    UNROLL for (int j = 0; j < NV; ++j) w[j] = load(b[j] + k * b_step);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      vf x = splat(a[i * lda + k]);
+      UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += x * w[j];
+    }
+  }
+}
+
+template <int MR, int NV>
+static inline __attribute__((always_inline)) void multiply(
+    vf (&acc)[MR][NV], const bf16* a, int64_t lda, const bf16* const (&b)[NV], int64_t b_step,
+    int num_steps) {
+  for (int k = 0; k < num_steps; ++k) {
+#if defined(__AVX512BF16__)
+    __m512bh w[NV];
+    UNROLL for (int j = 0; j < NV; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j] + k * b_step);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * lda + 2 * k, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], w[j], x);
+    }
+#else
+    vf lo[NV], hi[NV];
+    UNROLL for (int j = 0; j < NV; ++j) {
+      vu w = load_as<vu>(b[j] + k * b_step);
+      lo[j] = (vf)(w << 16);
+      hi[j] = (vf)(w & 0xffff0000u);
+    }
+    UNROLL for (int i = 0; i < MR; ++i) {
+      vf x_lo = splat(to_float(a[i * lda + 2 * k]));
+      vf x_hi = splat(to_float(a[i * lda + 2 * k + 1]));
+      UNROLL for (int j = 0; j < NV; ++j) {
+        acc[i][j] += x_lo * lo[j];
+        acc[i][j] += x_hi * hi[j];
+      }
+    }
+#endif
+  }
+}
+
+}  // namespace STERNA_ISA
+}  // namespace sterna

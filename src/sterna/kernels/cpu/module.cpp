@@ -1,0 +1,159 @@
+// Python bindings. Tensors come as addresses: the extension does not link PyTorch, so it builds
+// with any compiler and works with any PyTorch; `kernels/cpu_backend.py` checks the tensors.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "sample.h"
+#include "tape.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace sterna;
+
+namespace {
+
+template <class T>
+T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// A thread pool with one instruction set: what runs calls and tapes.
+class Kernels {
+ public:
+  Kernels(int threads, const std::string& isa) : pool_(threads) {
+    for (const KernelTable* table : runnable_tables())
+      if (isa.empty() || isa == table->name) {
+        table_ = table;
+        return;
+      }
+    throw std::invalid_argument("this processor cannot run " + isa);
+  }
+  std::string isa() const { return table_->name; }
+  int threads() const { return pool_.size(); }
+
+  // Records the call when a tape is given, runs it otherwise.
+  void submit(Tape* tape, const Args& args, int tokens, int rows, int seqs) {
+    if (tape) return tape->add(args);
+    nb::gil_scoped_release release;
+    std::atomic<int> next{0};
+    Step step{{tokens, rows}, seqs};
+    pool_.run([&](int tid) {
+      call(*table_, args, step, Worker{tid, pool_.size(), &next, pool_.scratch(tid)});
+    });
+  }
+  void replay(Tape& tape, int tokens, int rows, int seqs) {
+    nb::gil_scoped_release release;
+    tape.run(pool_, *table_, Step{{tokens, rows}, seqs});
+  }
+  std::vector<double> profile(Tape& tape, int tokens, int rows, int seqs) {
+    nb::gil_scoped_release release;
+    return tape.profile(pool_, *table_, Step{{tokens, rows}, seqs});
+  }
+  void sample(const SampleArgs& args, int rows) {
+    nb::gil_scoped_release release;
+    std::atomic<int> next{0};
+    pool_.run([&](int) { sample_rows(args, rows, next); });
+  }
+
+ private:
+  Pool pool_;
+  const KernelTable* table_ = nullptr;
+};
+
+#define ROWS "tokens"_a, "rows"_a, "seqs"_a
+using Addr = uintptr_t;
+
+void bind_row_ops(nb::class_<Kernels>& k) {
+  k.def("embed", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr table,
+                    Addr out, int kind, int dtype, int packed, int hidden, int vocab, float scale) {
+    self.submit(tape, EmbedArgs{ptr<int32_t>(tokens), ptr<void>(table), ptr<void>(out), kind,
+                                dtype, packed, hidden, vocab, scale}, t, r, s);
+  }, "tape"_a.none(), ROWS, "token_ids"_a, "table"_a, "out"_a, "rows_kind"_a, "dtype"_a,
+     "packed"_a, "hidden"_a, "vocab"_a, "scale"_a);
+  k.def("norm", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr weight, Addr bias,
+                   Addr out, int kind, int dtype, int hidden, int unit_offset, int layer,
+                   float eps) {
+    self.submit(tape, NormArgs{ptr<void>(x), ptr<void>(weight), ptr<void>(bias), ptr<void>(out),
+                               kind, dtype, hidden, unit_offset, layer, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "weight"_a, "bias"_a, "out"_a, "rows_kind"_a, "dtype"_a,
+     "hidden"_a, "unit_offset"_a, "is_layer_norm"_a, "eps"_a);
+  k.def("activate", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr y, Addr out,
+                       int kind, int dtype, int hidden, int act) {
+    self.submit(tape, ActivateArgs{ptr<void>(x), ptr<void>(y), ptr<void>(out), kind, dtype,
+                                   hidden, act}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "y"_a, "out"_a, "rows_kind"_a, "dtype"_a, "hidden"_a, "act"_a);
+  k.def("select", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr rows, Addr out,
+                     int dtype, int hidden) {
+    self.submit(tape, SelectArgs{ptr<void>(x), ptr<int32_t>(rows), ptr<void>(out), dtype, hidden},
+                t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "row_ids"_a, "out"_a, "dtype"_a, "hidden"_a);
+}
+
+void bind_matrix_ops(nb::class_<Kernels>& k) {
+  k.def("linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr weight,
+                     Addr bias, Addr residual, Addr out, int kind, int dtype, int packed, int in,
+                     int out_features, int gate, int out_f32, float softcap, float scale) {
+    self.submit(tape, LinearArgs{ptr<void>(x), ptr<void>(weight), ptr<void>(bias),
+                                 ptr<void>(residual), ptr<void>(out), kind, dtype, packed, in,
+                                 out_features, gate, out_f32, softcap, scale}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
+     "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "out_f32"_a,
+     "softcap"_a, "scale"_a);
+}
+
+void bind_attention_ops(nb::class_<Kernels>& k) {
+  k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
+                   Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache, Addr slots,
+                   int dtype, int heads, int kv_heads, int head_dim, int rotary_dim,
+                   int unit_offset, int block_size, float eps) {
+    self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<float>(table),
+                               ptr<void>(q_norm), ptr<void>(k_norm), ptr<void>(out),
+                               ptr<void>(cache), ptr<int64_t>(slots), dtype, heads, kv_heads,
+                               head_dim, rotary_dim, unit_offset, block_size, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "table"_a, "q_norm"_a, "k_norm"_a, "out"_a,
+     "cache"_a, "slots"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+     "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "eps"_a);
+  k.def("attention", [](Kernels& self, Tape* tape, int t, int r, int s, Addr q, Addr cache,
+                        Addr tables, Addr starts, Addr lens, Addr out, int dtype, int heads,
+                        int kv_heads, int head_dim, int block_size, int width, int q_stride,
+                        int window, float scale, float softcap) {
+    self.submit(tape, AttentionArgs{ptr<void>(q), ptr<void>(cache), ptr<int32_t>(tables),
+                                    ptr<int32_t>(starts), ptr<int32_t>(lens), ptr<void>(out),
+                                    dtype, heads, kv_heads, head_dim, block_size, width,
+                                    q_stride, window, scale, softcap}, t, r, s);
+  }, "tape"_a.none(), ROWS, "q"_a, "cache"_a, "block_tables"_a, "query_starts"_a,
+     "context_lens"_a, "out"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+     "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "scale"_a, "softcap"_a);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  nb::set_leak_warnings(false);  // the thread pool lives until the process ends
+  m.attr("PANEL") = PANEL;
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : runnable_tables()) names.push_back(table->name);
+    return names;
+  });
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<>())
+      .def("__len__", &Tape::size)
+      .def("name", [](const Tape& tape, size_t i) { return std::string(tape.name(i)); });
+  nb::class_<Kernels> k(m, "Kernels");
+  k.def(nb::init<int, const std::string&>(), "threads"_a, "isa"_a = "");
+  k.def_prop_ro("isa", &Kernels::isa);
+  k.def_prop_ro("threads", &Kernels::threads);
+  k.def("replay", &Kernels::replay, "tape"_a, ROWS);
+  k.def("profile", &Kernels::profile, "tape"_a, ROWS);
+  k.def("sample", [](Kernels& self, Addr logits, Addr out_ids, Addr out_logprobs, Addr flags,
+                     int rows, int vocab) {
+    self.sample(SampleArgs{ptr<float>(logits), ptr<int32_t>(out_ids), ptr<float>(out_logprobs),
+                           ptr<int32_t>(flags), vocab}, rows);
+  }, "logits"_a, "out_ids"_a, "out_logprobs"_a, "flags"_a, "rows"_a, "vocab"_a);
+  bind_row_ops(k);
+  bind_matrix_ops(k);
+  bind_attention_ops(k);
+}

@@ -1,0 +1,119 @@
+// Head norms, rotary embedding and the write of new keys and values into the paged cache.
+#include "args.h"
+#include "microkernel.h"
+
+namespace sterna {
+namespace STERNA_ISA {
+namespace {
+
+constexpr int MAX_HEAD_DIM = 1024;
+
+template <class T>
+void load_head(const T* x, int n, float* out) {
+  for (int c = 0; c < n; ++c) out[c] = to_float(x[c]);
+}
+
+template <class T>
+void head_norm(const RopeArgs& a, const T* weight, float* x) {
+  float sq = 0.f;
+  for (int c = 0; c < a.head_dim; ++c) sq += x[c] * x[c];
+  float inv = 1.f / std::sqrt(sq / a.head_dim + a.eps);
+  float offset = a.unit_offset ? 1.f : 0.f;
+  for (int c = 0; c < a.head_dim; ++c) x[c] = x[c] * inv * (to_float(weight[c]) + offset);
+}
+
+// Half-split rotation: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+void rotate(const float* row, int rotary_dim, float* x) {
+  int half = rotary_dim / 2;
+  const float *cosines = row, *sines = row + half;
+  for (int c = 0; c < half; ++c) {
+    float x1 = x[c], x2 = x[c + half];
+    x[c] = x1 * cosines[c] - x2 * sines[c];
+    x[c + half] = x2 * cosines[c] + x1 * sines[c];
+  }
+}
+
+template <class T>
+void prepare_head(const RopeArgs& a, const T* src, const void* norm, int position, float* x) {
+  load_head(src, a.head_dim, x);
+  if (norm) head_norm(a, static_cast<const T*>(norm), x);
+  if (a.table) rotate(a.table + int64_t(position) * a.rotary_dim, a.rotary_dim, x);
+}
+
+template <class T>
+void put(const float* x, int n, T* out, int64_t step = 1) {
+  for (int c = 0; c < n; ++c) store_one(out + c * step, x[c]);
+}
+
+// Where block `slot / block_size` keeps head `head` of its keys; values follow all the keys.
+template <class T>
+T* head_base(const RopeArgs& a, int64_t slot, int head, bool values) {
+  int64_t per_head = kv_head_elems(a.block_size, a.head_dim), part = a.num_kv_heads * per_head;
+  int64_t block = slot / a.block_size;
+  return static_cast<T*>(a.cache) + (block * 2 + values) * part + head * per_head;
+}
+
+template <class T>
+void store_key(const RopeArgs& a, int64_t slot, int head, const float* x) {
+  constexpr int P = Elem<T>::P;
+  int offset = slot % a.block_size;
+  T* at = head_base<T>(a, slot, head, false) + int64_t(offset / 16) * 16 * a.head_dim;
+  at += offset % 16 * P;
+  for (int c = 0; c < a.head_dim; ++c) store_one(at + c / P * 16 * P + c % P, x[c]);
+}
+
+// A value that opens a pair clears its partner unless this batch fills it: a masked key has
+// weight 0, and 0 * (NaN left by an earlier owner of the block) would not be 0.
+template <class T>
+void store_value(const RopeArgs& a, int64_t slot, int head, const T* v, bool partner_follows) {
+  constexpr int P = Elem<T>::P;
+  int offset = slot % a.block_size;
+  T* at = head_base<T>(a, slot, head, true) + int64_t(offset / P) * P * a.head_dim + offset % P;
+  bool clear = P == 2 && offset % 2 == 0 && !partner_follows;
+  for (int c = 0; c < a.head_dim; ++c) {
+    at[c * P] = v[c];
+    if (clear) at[c * P + 1] = T(0);
+  }
+}
+
+template <class T>
+void rope_token(const RopeArgs& a, int t, int num_tokens) {
+  float x[MAX_HEAD_DIM];
+  const int C = a.head_dim, H = a.num_heads, G = a.num_kv_heads, position = a.positions[t];
+  const T* row = static_cast<const T*>(a.qkv) + int64_t(t) * (H + 2 * G) * C;
+  T* out = static_cast<T*>(a.out) + int64_t(t) * (a.cache ? H : H + 2 * G) * C;
+  for (int h = 0; h < H; ++h) {
+    prepare_head(a, row + h * C, a.q_norm, position, x);
+    put(x, C, out + h * C);
+  }
+  bool partner_follows = a.cache && t + 1 < num_tokens && a.slots[t + 1] == a.slots[t] + 1;
+  for (int g = 0; g < G; ++g) {
+    const T *key = row + (H + g) * C, *value = row + (H + G + g) * C;
+    prepare_head(a, key, a.k_norm, position, x);
+    if (a.cache) {
+      store_key<T>(a, a.slots[t], g, x);
+      store_value<T>(a, a.slots[t], g, value, partner_follows);
+    } else {
+      put(x, C, out + (H + g) * C);
+      std::memcpy(out + (H + G + g) * C, value, C * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void rope_t(const RopeArgs& a, const Step& step, const Worker& w) {
+  int tokens = step.num_rows[0];
+  int threads = tokens < w.num_threads ? tokens : w.num_threads;
+  if (w.tid >= threads) return;
+  int end = int64_t(tokens) * (w.tid + 1) / threads;
+  for (int t = int64_t(tokens) * w.tid / threads; t < end; ++t) rope_token<T>(a, t, tokens);
+}
+
+}  // namespace
+
+void rope(const RopeArgs& a, const Step& step, const Worker& w) {
+  a.dtype ? rope_t<bf16>(a, step, w) : rope_t<float>(a, step, w);
+}
+
+}  // namespace STERNA_ISA
+}  // namespace sterna

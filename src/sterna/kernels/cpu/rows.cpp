@@ -1,0 +1,160 @@
+// Ops that work on one row at a time: embedding, norms, activations, row selection.
+#include "args.h"
+#include "microkernel.h"
+
+namespace sterna {
+namespace STERNA_ISA {
+namespace {
+
+// Rows are split evenly; below this many elements a second thread costs more than it brings.
+constexpr int64_t MIN_ELEMS_A_THREAD = 4096;
+
+struct Range {
+  int begin, end;
+};
+Range split(int rows, int64_t width, const Worker& w) {
+  int64_t useful = rows * width / MIN_ELEMS_A_THREAD;
+  int threads = useful < 1 ? 1 : useful < w.num_threads ? int(useful) : w.num_threads;
+  if (w.tid >= threads) return {0, 0};
+  return {int(int64_t(rows) * w.tid / threads), int(int64_t(rows) * (w.tid + 1) / threads)};
+}
+
+template <class T>
+void embed_row(const EmbedArgs& a, int token, T* out) {
+  constexpr int P = Elem<T>::P;
+  const T* table = static_cast<const T*>(a.table);
+  const T* src = table + int64_t(token) * a.hidden;
+  int64_t k_stride = P;
+  if (a.packed) {
+    int64_t panel_elems = int64_t((a.hidden + P - 1) / P) * PANEL * P;
+    src = table + token / PANEL * panel_elems + token % PANEL * P;
+    k_stride = PANEL * P;
+  }
+  for (int k = 0; k < a.hidden; ++k) {
+    T v = src[k / P * k_stride + k % P];
+    if (a.scale == 1.f)
+      out[k] = v;
+    else
+      store_one(out + k, to_float(v) * a.scale);
+  }
+}
+
+template <class T>
+void embed_t(const EmbedArgs& a, const Step& step, const Worker& w) {
+  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+  for (int i = r.begin; i < r.end; ++i)
+    embed_row<T>(a, a.tokens[i], static_cast<T*>(a.out) + int64_t(i) * a.hidden);
+}
+
+// sum of f(x) over a row: VW partial sums, then a fixed tree, then the tail in order.
+template <class T, class F>
+float row_sum(const T* x, int n, F f) {
+  vf acc = {};
+  int k = 0;
+  for (; k + VW <= n; k += VW) acc += f(load(x + k));
+  float total = sum(acc);
+  for (; k < n; ++k) {
+    float lanes[VW];
+    store(lanes, f(splat(to_float(x[k]))));
+    total += lanes[0];
+  }
+  return total;
+}
+
+template <class T>
+void rms_row(const NormArgs& a, const T* x, T* out) {
+  const T* weight = static_cast<const T*>(a.weight);
+  float mean_sq = row_sum(x, a.hidden, [](vf v) { return v * v; }) / a.hidden;
+  float inv = 1.f / std::sqrt(mean_sq + a.eps);
+  float offset = a.unit_offset ? 1.f : 0.f;
+  int k = 0;
+  for (; k + VW <= a.hidden; k += VW)
+    store(out + k, load(x + k) * splat(inv) * (load(weight + k) + splat(offset)));
+  for (; k < a.hidden; ++k)
+    store_one(out + k, to_float(x[k]) * inv * (to_float(weight[k]) + offset));
+}
+
+template <class T>
+void layer_row(const NormArgs& a, const T* x, T* out) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  float mean = row_sum(x, a.hidden, [](vf v) { return v; }) / a.hidden;
+  float var = row_sum(x, a.hidden, [=](vf v) { return (v - splat(mean)) * (v - splat(mean)); });
+  float inv = 1.f / std::sqrt(var / a.hidden + a.eps);
+  for (int k = 0; k < a.hidden; ++k) {
+    float b = bias ? to_float(bias[k]) : 0.f;
+    store_one(out + k, (to_float(x[k]) - mean) * inv * to_float(weight[k]) + b);
+  }
+}
+
+template <class T>
+void norm_t(const NormArgs& a, const Step& step, const Worker& w) {
+  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+  for (int i = r.begin; i < r.end; ++i) {
+    const T* x = static_cast<const T*>(a.x) + int64_t(i) * a.hidden;
+    T* out = static_cast<T*>(a.out) + int64_t(i) * a.hidden;
+    a.is_layer_norm ? layer_row(a, x, out) : rms_row(a, x, out);
+  }
+}
+
+float gelu_erf(float x) { return 0.5f * x * (1.f + std::erf(x * 0.70710678118654752f)); }
+
+vf apply(int kind, vf v) {
+  switch (kind) {
+    case ACT_SILU: return vsilu(v);
+    case ACT_GELU_TANH: return vgelu_tanh(v);
+    case ACT_RELU: return v > 0.f ? v : (vf){};
+    default: break;
+  }
+  float lanes[VW];
+  store(lanes, v);
+  for (int i = 0; i < VW; ++i) lanes[i] = gelu_erf(lanes[i]);
+  return load(lanes);
+}
+
+template <class T>
+void activate_row(const ActivateArgs& a, const T* x, const T* y, T* out) {
+  int k = 0;
+  for (; k + VW <= a.hidden; k += VW)
+    store(out + k, y ? load(x + k) + load(y + k) : apply(a.kind, load(x + k)));
+  for (; k < a.hidden; ++k) {
+    float lanes[VW];
+    store(lanes, apply(a.kind, splat(to_float(x[k]))));
+    store_one(out + k, y ? to_float(x[k]) + to_float(y[k]) : lanes[0]);
+  }
+}
+
+template <class T>
+void activate_t(const ActivateArgs& a, const Step& step, const Worker& w) {
+  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+  for (int i = r.begin; i < r.end; ++i) {
+    int64_t at = int64_t(i) * a.hidden;
+    const T* y = a.y ? static_cast<const T*>(a.y) + at : nullptr;
+    activate_row(a, static_cast<const T*>(a.x) + at, y, static_cast<T*>(a.out) + at);
+  }
+}
+
+}  // namespace
+
+void embed(const EmbedArgs& a, const Step& step, const Worker& w) {
+  a.dtype ? embed_t<bf16>(a, step, w) : embed_t<float>(a, step, w);
+}
+
+void norm(const NormArgs& a, const Step& step, const Worker& w) {
+  a.dtype ? norm_t<bf16>(a, step, w) : norm_t<float>(a, step, w);
+}
+
+void activate(const ActivateArgs& a, const Step& step, const Worker& w) {
+  a.dtype ? activate_t<bf16>(a, step, w) : activate_t<float>(a, step, w);
+}
+
+void select(const SelectArgs& a, const Step& step, const Worker& w) {
+  Range r = split(step.num_rows[1], a.hidden, w);
+  int64_t bytes = int64_t(a.hidden) * (a.dtype ? 2 : 4);
+  for (int i = r.begin; i < r.end; ++i)
+    std::memcpy(static_cast<char*>(a.out) + i * bytes,
+                static_cast<const char*>(a.x) + a.rows[i] * bytes, bytes);
+}
+
+}  // namespace STERNA_ISA
+}  // namespace sterna

@@ -1,0 +1,201 @@
+"""The C++ kernels behind PyTorch's dispatcher, and the layouts they want.
+
+Packed weight: panels of 32 output features, [N / 32, K / P, 32, P] with P = 2 elements a dot
+step for bfloat16 and 1 for float32, zero padded; a gated weight is the panels of its gate, then
+those of up. KV cache: see kernels/cpu/args.h.
+
+The kernels serve float32 and bfloat16. What they do not serve (float16; an odd number of input
+features in bfloat16, where pairs do not come out) runs the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sterna.core.errors import KernelError
+from sterna.core.machine import num_usable_cpus
+from sterna.kernels import _cpu, cpu_calls
+from sterna.kernels.backend import use_backend
+from sterna.kernels.optable import OPS, library
+
+_SLACK_ELEMS = 64  # vector loads may read past the last head when head_dim is no multiple of 16
+_TRAIN_BLOCK = 16  # block size of the throw-away cache of `attention`
+
+
+class EagerSink:
+    """Runs a call at once on PyTorch memory."""
+
+    tape = None
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    def kind(self, x: Tensor) -> int:
+        """Eager calls count the rows they are given."""
+        return 0
+
+    def empty(self, rows: int, cols: int, dtype: torch.dtype, kind: int) -> Tensor:
+        """See Sink."""
+        return torch.empty(rows, cols, dtype=dtype)
+
+    def counts(self, rows: int, seqs: int) -> tuple[int, int, int]:
+        """See Sink."""
+        return rows, rows, seqs
+
+
+class CpuBackend:
+    """The layouts of the C++ kernels and the threads that run them."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int, isa: str = "") -> None:
+        self.eager = EagerSink(_cpu.Kernels(threads, isa))
+
+    @property
+    def kernels(self) -> Any:
+        """The C++ `Kernels`: a thread pool and one instruction set."""
+        return self.eager.kernels
+
+    def set_threads(self, threads: int) -> None:
+        """Replace the thread pool; calls already under way keep theirs."""
+        if threads != self.kernels.threads:
+            self.eager.kernels = _cpu.Kernels(threads, self.kernels.isa)
+
+    def new_kv_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """See KernelBackend. Raises KernelError for a block size that is no multiple of 16."""
+        if block_size % 16:
+            raise KernelError(f"KV block of {block_size} tokens; use a multiple of 16")
+        size = num_kv_heads * block_size * head_dim
+        flat = torch.zeros(num_blocks * 2 * size + _SLACK_ELEMS, dtype=dtype, device=device)
+        return flat[: num_blocks * 2 * size].view(num_blocks, 2, size)
+
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+        """See KernelBackend."""
+        if not _is_served(weight.dtype, weight.shape[1]):
+            return weight
+        halves = weight.chunk(2) if gated else (weight,)
+        return torch.cat([_pack(half) for half in halves])
+
+    def unpack_weight(
+        self, packed: Tensor, out_features: int, in_features: int, gated: bool = False
+    ) -> Tensor:
+        """See KernelBackend."""
+        parts = packed.chunk(2) if gated else (packed,)
+        rows = out_features // len(parts) if out_features else 0
+        plain = [part.permute(0, 2, 1, 3).reshape(-1, _columns(part)) for part in parts]
+        return torch.cat([p[: rows or None, : in_features or None] for p in plain])
+
+
+def register() -> CpuBackend:
+    """Put every kernel under the dispatcher's CPU key and own the CPU layouts."""
+    backend = CpuBackend(num_usable_cpus())
+    use_backend("cpu", backend)
+    for op in OPS:
+        kernel = _kernel(backend, op.name, op.reference)
+        library().impl(op.name, kernel, "CPU")
+    return backend
+
+
+def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) -> Any:
+    if name == "attention":
+        return _attention_kernel(backend, reference)
+    call = cpu_calls.CALLS[name]
+
+    def kernel(*args: Any) -> Tensor:
+        if not _serves(name, args):
+            return reference(*args)
+        ready = (a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        return call(backend.eager, *ready)
+
+    return kernel
+
+
+def _serves(name: str, args: tuple[Any, ...]) -> bool:
+    if name == "embed":
+        _check_tokens(args[0], args[1])
+        return _is_served(args[1].dtype, args[2])
+    in_features = args[0].shape[1] if name in ("linear", "gated_linear", "logits") else 0
+    return _is_served(args[0].dtype, in_features)
+
+
+def _is_served(dtype: torch.dtype, in_features: int) -> bool:
+    return dtype in cpu_calls.DTYPES and not (dtype == torch.bfloat16 and in_features % 2)
+
+
+def _check_tokens(tokens: Tensor, table: Tensor) -> None:
+    vocab = table.shape[0] * (table.shape[2] if table.dim() == 4 else 1)
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+        raise KernelError(f"token ids must lie in [0, {vocab})")
+
+
+def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor]) -> Any:
+    """Varlen attention on the paged kernel, through a cache that lives for one call.
+
+    So training and serving share the code that computes attention, to the bit.
+    """
+
+    def kernel(
+        qkv: Tensor,
+        query_starts: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        heads = (num_heads, num_kv_heads, head_dim)
+        if not _is_served(qkv.dtype, head_dim):
+            return reference(qkv, query_starts, *heads, scale, window, softcap)
+        tables, slots, num_blocks = _identity_paging(query_starts)
+        cache = backend.new_kv_cache(
+            num_blocks, _TRAIN_BLOCK, num_kv_heads, head_dim, qkv.dtype, qkv.device
+        )
+        qkv, starts = qkv.contiguous(), query_starts.contiguous()
+        stored = (slots, None, None, None, 0.0, False, *heads, cache, slots, _TRAIN_BLOCK)
+        q = cpu_calls.rope(backend.eager, qkv, *stored)
+        lens = (starts[1:] - starts[:-1]).contiguous()
+        paged = (tables, starts, lens, *heads, _TRAIN_BLOCK, scale, window, softcap)
+        return cpu_calls.paged_attention(backend.eager, q, cache, *paged)
+
+    return kernel
+
+
+def _identity_paging(query_starts: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Block tables [S, B], slots [T] and the block count of sequences laid out one by one."""
+    starts = query_starts.to(torch.int64)
+    lens = starts[1:] - starts[:-1]
+    blocks = (lens + _TRAIN_BLOCK - 1) // _TRAIN_BLOCK
+    first = torch.cumsum(blocks, 0) - blocks + 1  # block 0 is the null block
+    width = max(int(blocks.max()) if len(blocks) else 0, 1)
+    tables = (first[:, None] + torch.arange(width)[None, :]).to(torch.int32)
+    num_blocks = int(blocks.sum()) + 1
+    tables = torch.where(tables < num_blocks, tables, 0).contiguous()
+    begin = torch.repeat_interleave(first * _TRAIN_BLOCK - starts[:-1], lens)
+    slots = begin + torch.arange(int(lens.sum()), dtype=torch.int64)
+    return tables, slots, num_blocks
+
+
+def _pack(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    panel = int(_cpu.PANEL)
+    if n % panel:
+        weight = torch.cat([weight, weight.new_zeros(panel - n % panel, k)])
+    return weight.view(-1, panel, k // pair, pair).permute(0, 2, 1, 3).contiguous()
+
+
+def _columns(packed: Tensor) -> int:
+    return int(packed.shape[1] * packed.shape[3])

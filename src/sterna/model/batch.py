@@ -1,0 +1,38 @@
+"""The flat Batch: the only thing a model ever sees.
+
+T tokens of S sequences are packed without padding. A packed training row, a SplitFuse step that
+mixes prompt chunks with decodes, a draft to verify and an embedding request are all this type;
+there is no `is_prefill`. Training has `kv=None`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """Where this batch's keys and values live in the paged cache.
+
+    B is the width of the block table. Unused table entries hold 0, which is a valid block that
+    no sequence owns (the null block), so a kernel may read it but never depends on its content.
+    """
+
+    layers: tuple[Tensor, ...]  # one opaque cache tensor a layer, see kernels.ops.new_kv_cache
+    block_tables: Tensor  # [S, B] int32
+    slots: Tensor  # [T] int64   block * block_size + offset where each new token's K/V is written
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of S sequences, packed without padding."""
+
+    tokens: Tensor  # [T] int32
+    positions: Tensor  # [T] int32   rope (or learned-position) row of each token
+    query_starts: Tensor  # [S + 1] int32   where each sequence's new tokens begin
+    context_lens: Tensor  # [S] int32   cached + new tokens
+    output_rows: Tensor | None = None  # [R] int32   rows whose hidden state is wanted; None = all
+    kv: KVView | None = None
