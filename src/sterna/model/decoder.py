@@ -1,0 +1,126 @@
+"""The one decoder: every family, in training, rollout and serving.
+
+h = embed(tokens)
+for block in layers: h = block(h)
+hidden = norm(h); logits = head(hidden)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sterna.kernels import ops
+from sterna.model.batch import Batch
+from sterna.model.config import ModelConfig
+from sterna.model.heads import Embedding, LMHead, PositionEmbedding
+from sterna.model.layers import Block, GatedLinear, Linear, new_norm
+from sterna.model.rope import rope_table, short_rows
+
+
+class RopeTables(nn.Module):
+    """The float32 rope tables of a model; they follow its device but never its dtype."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        length = config.num_positions
+        self.tables = [rope_table(rope, length).to(device) for rope in config.ropes]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RopeTables:
+        self.tables = [table.to(fn(table[:0]).device) for table in self.tables]
+        return self
+
+
+class Decoder(nn.Module):
+    """A causal language model on flat batches.
+
+    `device` "meta" makes parameters without storage, to be filled by `weights.assign`.
+    """
+
+    embed_positions: PositionEmbedding | None
+    lm_head: LMHead | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rope_device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = Embedding(config, config.vocab_size, dtype, device)
+        offset = config.family.position_offset
+        self.embed_positions = (
+            None if offset is None else PositionEmbedding(config, offset, dtype, device)
+        )
+        self.layers = nn.ModuleList(
+            Block(config, i, dtype, device) for i in range(config.num_hidden_layers)
+        )
+        self.norm = new_norm(config, dtype, device)
+        self.lm_head = None if config.tie_word_embeddings else LMHead(config, dtype, device)
+        self.ropes = RopeTables(config, torch.device(rope_device or device))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
+        h: Tensor = self.embed_tokens(batch.tokens)
+        if self.embed_positions is not None:
+            h = ops.add(h, self.embed_positions(batch.positions))
+        last = len(self.layers) - 1
+        for layer_idx, block in enumerate(self.layers):
+            rows = batch.output_rows if layer_idx == last else None
+            h = block(h, batch, self._table(layer_idx), rows)
+        out: Tensor = self.norm(h)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, D] -> float32 logits [R, V]."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        config = self.config
+        return ops.logits(hidden, head.weight, config.vocab_size, config.logits_softcap)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 logits [R, V] of the batch."""
+        return self.logits(self.hidden(batch))
+
+    def new_kv_layers(self, num_blocks: int, block_size: int) -> tuple[Tensor, ...]:
+        """One zeroed cache tensor a layer, in the layout of the back end in use."""
+        config = self.config
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        device = self.device
+        return tuple(ops.new_kv_cache(*shape, self.dtype, device) for _ in self.layers)
+
+    def rope_row_offset(self, total_len: int) -> int:
+        """What to add to the positions of a sequence that may grow to `total_len` tokens.
+
+        0, but for LongRope sequences beyond the original length, which use the long table.
+        Decided once a sequence: its cached keys keep the rotation they were stored with.
+        """
+        ropes = self.config.ropes
+        if not ropes or ropes[0].rope_type != "longrope":
+            return 0
+        is_long = total_len > ropes[0].original_max_positions
+        return short_rows(ropes[0], self.config.num_positions) if is_long else 0
+
+    def prepare_inference(self) -> None:
+        """Replace weights by the packed ones of the back end; there is no way back."""
+        for module in self.modules():
+            if isinstance(module, Linear | GatedLinear | LMHead):
+                module.prepare_inference()
+        if self.lm_head is None:
+            self.embed_tokens.prepare_inference()
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed_tokens.weight.device
+
+    def _table(self, layer_idx: int) -> Tensor | None:
+        rope_idx = self.config.layer_ropes[layer_idx]
+        return self.ropes.tables[rope_idx] if rope_idx >= 0 else None

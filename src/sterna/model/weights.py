@@ -1,0 +1,84 @@
+"""Checkpoint tensors <-> module parameters, for both name worlds.
+
+A `TensorSource` yields checkpoint tensors by name; `assign` walks the decoder's parameters,
+looks up their names in the family's table, stacks parts and puts them in place without a copy
+where there is one part of the right dtype. `export` walks the other way for saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sterna.core.errors import ModelFileError
+from sterna.model.config import ModelConfig
+from sterna.model.decoder import Decoder
+from sterna.model.families import Names
+
+
+class TensorSource(Protocol):
+    """Where checkpoint tensors come from."""
+
+    label: str  # the file or folder, for errors
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`, on the CPU. Raises ModelFileError when it is missing."""
+        ...
+
+
+def assign(decoder: Decoder, source: TensorSource, names: Names, device: torch.device) -> None:
+    """Fill every parameter of `decoder` (made on "meta") from `source`, on `device`.
+
+    Raises ModelFileError naming the file for a missing tensor or a wrong shape.
+    """
+    for own_name, parameter in list(decoder.named_parameters()):
+        parts = [source.read(name, parameter.dtype) for name in checkpoint_names(own_name, names)]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if value.shape != parameter.shape:
+            raise ModelFileError(
+                f"{source.label}: {checkpoint_names(own_name, names)[0]} has shape "
+                f"{tuple(value.shape)}, the config asks for {tuple(parameter.shape)}"
+            )
+        _replace(decoder, own_name, value.to(device))
+
+
+def export(decoder: Decoder, names: Names) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint name and contiguous tensor of every parameter; stacked ones are split.
+
+    Needs plain weights, that is a decoder before `prepare_inference`.
+    """
+    for own_name, parameter in decoder.named_parameters():
+        targets = checkpoint_names(own_name, names)
+        sizes = _part_sizes(own_name, len(targets), parameter.shape[0], decoder.config)
+        parts = torch.split(parameter.detach(), sizes)
+        for target, part in zip(targets, parts, strict=True):
+            yield target, part.contiguous()
+
+
+def checkpoint_names(own_name: str, names: Names) -> tuple[str, ...]:
+    """`layers.3.attn.qkv.weight` -> the checkpoint's names, in stacking order."""
+    module, _, suffix = own_name.rpartition(".")
+    pieces = module.split(".")
+    layer = pieces[1] if pieces[0] == "layers" else ""
+    if layer:
+        pieces[1] = "{i}"
+    patterns = names[".".join(pieces)]
+    return tuple(f"{pattern.replace('{i}', layer)}.{suffix}" for pattern in patterns)
+
+
+def _part_sizes(own_name: str, num_parts: int, rows: int, config: ModelConfig) -> list[int]:
+    if num_parts == 1:
+        return [rows]
+    if num_parts == 2:
+        return [rows // 2] * 2
+    kv_rows = config.num_key_value_heads * config.head_dim
+    assert num_parts == 3, own_name
+    return [rows - 2 * kv_rows, kv_rows, kv_rows]
+
+
+def _replace(decoder: nn.Module, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(module), leaf, nn.Parameter(value))
