@@ -13,8 +13,9 @@ namespace sterna {
 namespace STERNA_ISA {
 namespace {
 
+constexpr float LOG2E = 1.44269504088896341f;
 constexpr int TILE = 64;      // keys of a softmax tile: four 16-lane vectors
-constexpr int MAX_ROWS = 48;  // rows of a query tile: its state stays in the L1 cache
+constexpr int MAX_ROWS = 24;  // rows of a query tile: its state stays in the L1 cache
 #if defined(__AVX512F__)
 constexpr int MR = 6, NV = 4;
 #else
@@ -123,24 +124,35 @@ void values_of_rows(const Work<T>& w, int row, int key, int num_keys) {
   for (; c < w.ldo(); c += VW) values<T, M, 1>(w, row, key, num_keys, c);
 }
 
-// Masked scores -> probabilities, and the online-softmax update of m, l and O.
+// Scores in units of log2, so that the softmax is a 2^x; only border tiles need a mask.
+template <bool MASKED>
+vf scaled_scores(const AttentionArgs& a, float* s, int key, int first, int last) {
+  vi lane;
+  for (int i = 0; i < VW; ++i) lane[i] = i;
+  vf best = splat(-INFINITY), scale = splat(a.softcap > 0.f ? a.scale : a.scale * LOG2E);
+  for (int j = 0; j < TILE; j += VW) {
+    vf v = load(s + j) * scale;
+    if (a.softcap > 0.f) v = splat(a.softcap * LOG2E) * vtanh(v * splat(1.f / a.softcap));
+    if (MASKED) {
+      vi at = lane + (key + j);
+      vi visible = (at <= last) & (at >= first);
+      v = visible ? v : splat(-INFINITY);
+    }
+    store(s + j, v);
+    best = vmax(best, v);
+  }
+  return best;
+}
+
+// Scores -> probabilities, and the online-softmax update of m, l and O.
 template <class T>
 void soften(const Work<T>& w, int row, int key) {
   const AttentionArgs& a = w.a;
   int last = w.position(row), first = a.window > 0 ? last - a.window + 1 : 0;
   float* s = w.st.s + row * TILE;
-  vi lane;
-  for (int i = 0; i < VW; ++i) lane[i] = i;
-  vf best = splat(-INFINITY);
-  for (int j = 0; j < TILE; j += VW) {
-    vf v = load(s + j) * splat(a.scale);
-    if (a.softcap > 0.f) v = splat(a.softcap) * vtanh(v * splat(1.f / a.softcap));
-    vi at = lane + (key + j);
-    vi visible = (at <= last) & (at >= first);
-    v = visible ? v : splat(-INFINITY);
-    store(s + j, v);
-    best = vmax(best, v);
-  }
+  bool inside = key >= first && key + TILE - 1 <= last;
+  vf best = inside ? scaled_scores<false>(a, s, key, first, last)
+                   : scaled_scores<true>(a, s, key, first, last);
   float m = max_of(best), old = w.st.m[row];
   m = m > old ? m : old;
   T* p = w.st.p + row * TILE;
@@ -150,11 +162,11 @@ void soften(const Work<T>& w, int row, int key) {
   }
   vf total = {};
   for (int j = 0; j < TILE; j += VW) {
-    vf e = vexp(load(s + j) - splat(m));
+    vf e = vexp2(load(s + j) - splat(m));
     total += e;
     store(p + j, e);
   }
-  float alpha = m == old ? 1.f : sexp(old - m);
+  float alpha = m == old ? 1.f : sexp2(old - m);
   w.st.l[row] = w.st.l[row] * alpha + sum(total);
   w.st.m[row] = m;
   if (alpha == 1.f) return;
@@ -190,7 +202,10 @@ void write_out(const Work<T>& w) {
     int head = w.it.first_head + r % w.it.num_heads;
     T* out = static_cast<T*>(w.a.out) + (token * w.a.num_heads + head) * C;
     const float* o = w.st.o + int64_t(r) * w.ldo();
-    for (int c = 0; c < C; ++c) store_one(out + c, o[c] / w.st.l[r]);
+    float inv = 1.f / w.st.l[r];
+    int c = 0;
+    for (; c + VW <= C; c += VW) store(out + c, load(o + c) * splat(inv));
+    for (; c < C; ++c) store_one(out + c, o[c] * inv);
   }
 }
 

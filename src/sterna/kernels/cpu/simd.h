@@ -62,19 +62,25 @@ static inline vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
 }
 static inline void store(bf16* p, vf v) {
-  // Not vcvtneps2bf16: it flushes denormals, integer rounding is equal on every set.
+#if defined(__AVX512BF16__)
+  store_as(p, (__m256i)_mm512_cvtneps_pbh((__m512)v));  // also even; flushes denormals to zero
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
   vi is_nan = (vi)(v != v);
   vu out = (vu)(is_nan ? (vi)quiet : (vi)rounded) & 0xffffu;
   store_as(p, __builtin_convertvector(out, vh));
+#endif
 }
 static inline void store_one(float* p, float v) { *p = v; }
 static inline void store_one(bf16* p, float v) { *p = to_bf16(v); }
 
 // Fixed tree, so that a sum never depends on how a loop was unrolled.
 static inline float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[VW];
   store(lanes, v);
   for (int width = VW / 2; width > 0; width /= 2)
@@ -83,6 +89,9 @@ static inline float sum(vf v) {
 }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline float max_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float lanes[VW];
   store(lanes, v);
   float m = lanes[0];
@@ -115,9 +124,39 @@ static inline vf vexp(vf x) {
   out = out & ~under;
   return (vf)(nan ? (vi)x : out);
 }
-static inline float sexp(float x) {
+
+// 2^x for x <= 0 (softmax): 0 exactly for -infinity, NaN for NaN. Relative error < 2e-7.
+static inline vf vexp2(vf x) {
+  const vf lowest = splat(-200.f);
+#if defined(__AVX512F__)
+  x = (vf)_mm512_max_ps((__m512)lowest, (__m512)x);  // the second operand wins when it is NaN
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = x < lowest ? lowest : x;
+  vf magic = splat(12582912.f);
+  vf n = (x + magic) - magic;
+#endif
+  vf r = x - n;
+  vf p = splat(1.5353361871e-4f);
+  p = p * r + splat(1.3398874458e-3f);
+  p = p * r + splat(9.6184373577e-3f);
+  p = p * r + splat(5.5503324549e-2f);
+  p = p * r + splat(2.4022648453e-1f);
+  p = p * r + splat(6.9314720006e-1f);
+  p = p * r + splat(1.f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  vi e = __builtin_convertvector(n, vi);
+  vi under = (vi)(x < splat(-126.f));
+  vf out = p * (vf)((e + 127) << 23);
+  vf kept = (vf)((vi)out & ~under);
+  return x != x ? x : kept;
+#endif
+}
+static inline float sexp2(float x) {
   float lanes[VW];
-  store(lanes, vexp(splat(x)));
+  store(lanes, vexp2(splat(x)));
   return lanes[0];
 }
 static inline vf vsigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
