@@ -124,20 +124,17 @@ async def in_process(model: str, config: EngineConfig) -> AsyncIterator[Endpoint
     from sterna.engine.aio import AsyncEngine
     from sterna.engine.build import build_engine
     from sterna.server.app import create_app
-
     from sterna.server.config import ServerConfig
 
     engine = AsyncEngine(await asyncio.to_thread(build_engine, model, config))
-    engine.start()
-    try:
-        app = create_app(engine, ServerConfig(model=model))
-        transport = InProcessTransport(app)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://in-process", timeout=None
-        ) as client:
-            yield Endpoint(client, await _first_model(client))
-    finally:
-        engine.shutdown()
+    app = create_app(engine, ServerConfig.model_validate({"model": model, "log_requests": False}))
+    async with (
+        app.router.lifespan_context(app),  # starts the engine, and shuts it down
+        httpx.AsyncClient(
+            transport=InProcessTransport(app), base_url="http://in-process", timeout=None
+        ) as client,
+    ):
+        yield Endpoint(client, await _first_model(client))
 
 
 class InProcessTransport(httpx.AsyncBaseTransport):

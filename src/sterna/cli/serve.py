@@ -39,7 +39,7 @@ def serve(
     config: ConfigFiles = (),
     server: Annotated[ServerOptions, Parameter(name="*", group="Server")] = _DEFAULT_SERVER,
     engine: EngineOptions = DEFAULT_ENGINE,
-) -> None:
+) -> int:
     """Serve a model over the OpenAI API, with a page.
 
     Parameters
@@ -56,9 +56,9 @@ def serve(
     if differing := {**changed(server), **changed(engine)}:
         _log.info("settings that differ from the defaults: %s", _masked(differing))
 
-    from sterna.server import run  # imports torch
+    from sterna.server.run import serve as run_server
 
-    run.serve(settings)
+    return run_server(settings)
 
 
 def _masked(settings: dict[str, object]) -> str:

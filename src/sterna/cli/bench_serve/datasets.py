@@ -53,9 +53,7 @@ def _of_text(prompt: str, asked: int | None, options: LoadOptions) -> Sample:
 def _random(index: int, options: LoadOptions, source: TextSource) -> Sample:
     draw = random.Random(f"{options.seed}/lengths/{index}")
     prompt_len = _vary(options.input_len, options.random_range_ratio, draw)
-    output_len = _vary(
-        options.output_len or DEFAULT_OUTPUT_LEN, options.random_range_ratio, draw
-    )
+    output_len = _vary(options.output_len or DEFAULT_OUTPUT_LEN, options.random_range_ratio, draw)
     prefix = source.text(options.random_prefix_len, "prefix")
     text = prefix + source.text(prompt_len, "random", index)
     return Sample(text, options.random_prefix_len + prompt_len, output_len)

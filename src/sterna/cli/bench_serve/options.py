@@ -45,7 +45,9 @@ class LoadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset_name: Dataset = Field(default="random", description="where prompts come from")
-    dataset_path: Path | None = Field(default=None, description="file of custom, sharegpt, mt_bench")
+    dataset_path: Path | None = Field(
+        default=None, description="file of custom, sharegpt, mt_bench"
+    )
     trace: Path | None = Field(
         default=None, description="replay this Azure CSV or Mooncake JSONL (implies dataset trace)"
     )
@@ -114,9 +116,7 @@ class ReportOptions(BaseModel):
     ttft_scale: float = Field(
         default=1.0, gt=0, description="effective throughput: TTFT <= prompt/512 s times this"
     )
-    sweep: str = Field(
-        default="", description="several runs: concurrency=1,2,4,8 or rate=0.5,1,2"
-    )
+    sweep: str = Field(default="", description="several runs: concurrency=1,2,4,8 or rate=0.5,1,2")
     plot: Path | None = Field(default=None, description="latency-throughput curve, a PNG")
     save_result: bool = Field(default=False, description="write a JSON file")
     save_detailed: bool = Field(default=False, description="with lengths and times per request")

@@ -1,0 +1,37 @@
+"""The latency-throughput curve of a sweep, as a PNG (FastGen's figure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Curve = Sequence[Mapping[str, Any]]
+
+
+def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
+    """One line a system: mean latency, p99 gap and effective throughput over requests/s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, results in curves.items():
+        rates = [result["request_throughput"] for result in results]
+        for axis, key in zip(axes, ("mean_e2el_ms", "p99_itl_ms"), strict=False):
+            axis.plot(rates, [result[key] / 1000 for result in results], marker="o", label=name)
+        for sla in results[0]["effective_throughput"]:
+            effective = [result["effective_throughput"][sla] for result in results]
+            axes[2].plot(rates, effective, marker="o", label=f"{name}, {sla} tok/s")
+    labels = ("mean latency (s)", "p99 inter-token gap (s)", "effective requests/s")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_xlabel("requests/s")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
