@@ -1,0 +1,282 @@
+"""The engine: requests in, tokens out. `step` is the whole story.
+
+Failures stay with the request that caused them: see forward.py (steps that raise) and sampler.py
+(NaN logits). Blocks of a failed request are wiped and never found in the prefix cache.
+
+Not thread-safe: one thread calls add, abort and step (see aio.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sterna.core.errors import ConfigError, DeadlineError, RequestError
+from sterna.engine.admit import EngineTokenizer, RequestFactory
+from sterna.engine.commit import Committer, Draw
+from sterna.engine.config import EngineConfig
+from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
+from sterna.engine.kv import BlockPool
+from sterna.engine.memory import EngineShape, engine_shape
+from sterna.engine.outputs import StepOutputs
+from sterna.engine.request import EngineRequest, FinishReason, RequestOutput, StepStats
+from sterna.engine.runner import InferenceModel, Logits, Runner
+from sterna.engine.sampler import Sampled
+from sterna.engine.scheduler import Chunk, ScheduledStep, Scheduler
+from sterna.engine.sequence import RequestState
+from sterna.engine.tables import BlockTables
+from sterna.engine.validate import Limits
+
+if TYPE_CHECKING:
+    from sterna.engine.structured import GrammarCompiler
+
+# Used when nothing was measured or configured (tests, tools).
+DEFAULT_BUDGET = 256
+# Input buffers hold at least this many tokens, so that any budget can be measured and set later.
+MIN_BUFFER_TOKENS = 1024
+# How long a step with nothing to compute waits for a grammar to compile before it returns.
+GRAMMAR_WAIT_S = 0.005
+
+
+class Engine:
+    """Schedules and computes requests on one model; see EngineConfig for the settings."""
+
+    def __init__(
+        self,
+        decoder: InferenceModel,
+        tokenizer: EngineTokenizer,
+        config: EngineConfig,
+        shape: EngineShape | None = None,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        shape = shape or engine_shape(decoder, config)
+        budget = config.token_budget or DEFAULT_BUDGET
+        pool = BlockPool(shape.num_kv_blocks, config.block_size)
+        max_blocks = -(-shape.max_model_len // config.block_size)
+        tables = BlockTables(pool, max_blocks, config.enable_prefix_cache)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.limits = Limits(
+            shape.vocab_size, shape.max_model_len, pool.num_usable * config.block_size
+        )
+        self.scheduler = Scheduler(tables, budget, config.max_num_seqs, config.policy)
+        self.runner = Runner(
+            decoder,
+            num_blocks=shape.num_kv_blocks,
+            block_size=config.block_size,
+            max_tokens=_buffer_tokens(config, budget, shape.max_model_len),
+            max_seqs=config.max_num_seqs,
+            max_blocks=max_blocks,
+            device=config.device,
+        )
+        # Each hook is called with every finished step's statistics.
+        self.on_step: list[Callable[[StepStats], None]] = []
+        # Called before each forward with its chunks; what a hook raises is a failed forward.
+        self.on_forward: list[Callable[[Sequence[Chunk]], None]] = []
+        self.step_idx = 0
+        self._decoder = decoder
+        self._grammars = grammars
+        eos_ids = shape.eos_ids | frozenset(tokenizer.eos_token_ids)
+        self._factory = RequestFactory(tokenizer, self.limits, eos_ids, config.seed)
+        self._outputs = StepOutputs()
+        self._committer = Committer(self.scheduler, self.runner, self._factory, self._outputs)
+        self._requests: dict[str, RequestState] = {}
+        self._deadlines: dict[str, float] = {}  # request id -> monotonic seconds
+        self._compiling: dict[str, RequestState] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is unfinished: call `step` again."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the queue's sequences have to compute."""
+        return self.scheduler.num_waiting_tokens
+
+    @property
+    def pool(self) -> BlockPool:
+        """The KV blocks' bookkeeping."""
+        return self.scheduler.tables.pool
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds: all usable ones whenever no request is in flight."""
+        return self.pool.num_free
+
+    def check(self, request: EngineRequest) -> None:
+        """Raise what `add` would raise about the request itself. Safe from any thread."""
+        self._factory.check(request)
+        if request.params.structured is not None and self._grammars is None:
+            raise RequestError(
+                "this engine was built without structured output; remove the response format",
+                param="response_format",
+            )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises RequestError (a field is out of range, or the id is in use) and
+        ContextLengthError (prompt and completion do not fit); then nothing was queued.
+        """
+        name = request.request_id
+        if name in self._requests:
+            raise RequestError(f"request id {name!r} is in use; choose another", param="request_id")
+        self.check(request)
+        state = self._factory.new_state(request)
+        state.rope_offset = self._decoder.rope_row_offset(len(state.prompt) + state.max_output)
+        spec = request.params.structured
+        if spec is not None and self._grammars is not None:
+            state.grammar = self._grammars.submit(spec)
+            self._compiling[name] = state
+        self._requests[name] = state
+        if request.deadline_s is not None:
+            self._deadlines[name] = state.arrival + request.deadline_s
+        self.scheduler.add(state.sequences[0])
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request and free its blocks at once.
+
+        Returns its last output, or None when the request is unknown or already finished.
+        """
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        self._committer.end_request(state, FinishReason.ABORT, None)
+        return self._collect()[-1]
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns an output for every request that something happened to."""
+        started = time.monotonic()
+        self._end_overdue(started)
+        self._hand_out_grammars()
+        step = self.scheduler.schedule()
+        if step.chunks:
+            self._compute(step, started)
+        elif self._compiling:
+            self._wait_for_grammar()
+        return self._collect()
+
+    def set_token_budget(self, token_budget: int) -> None:
+        """Change the budget between steps. ConfigError beyond the input buffers."""
+        limit = self.runner.buffers.max_tokens
+        if not 0 < token_budget <= limit:
+            raise ConfigError(f"token_budget is {token_budget}; allowed is 1 to {limit}")
+        self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs)
+
+    def check_integrity(self) -> None:
+        """Assert that every block is accounted for; for tests."""
+        self.pool.check_integrity([seq.blocks for seq in self.scheduler.running])
+        assert all(not seq.blocks for seq in self.scheduler.waiting), "a queued sequence has blocks"
+        assert self.has_work or self.num_free_blocks == self.pool.num_usable, "idle but not free"
+
+    def _compute(self, step: ScheduledStep, started: float) -> None:
+        """Build and run the forward, sample, commit."""
+        _note_scheduled(step, started)
+        tables = self.scheduler.tables
+        if tables.copies:
+            self.runner.copy_blocks(tables.copies)
+            tables.copies.clear()
+        forward = run_isolated(self._run, step.chunks)
+        draws = self._committer.draws(forward)
+        self._committer.advance(forward)
+        self._committer.end_without_tokens([d for d in draws if not d.seq.state.max_output])
+        draws = [draw for draw in draws if draw.seq.state.max_output]
+        self._committer.append(draws, self._sample(forward.logits, draws))
+        self._report(step, started)
+
+    def _run(self, chunks: Sequence[Chunk]) -> Logits:
+        for hook in self.on_forward:
+            hook(chunks)
+        return self.runner.run(chunks)
+
+    def _sample(self, logits: Logits, draws: list[Draw]) -> list[Sampled]:
+        plans = [draw.seq.plan for draw in draws]
+        for draw in draws:
+            if draw.seq.grammar is not None:
+                draw.seq.grammar.fill_bitmask(draw.seq.plan.bitmask)
+        return sample_isolated(logits.values, [draw.row for draw in draws], plans)
+
+    def _collect(self) -> list[RequestOutput]:
+        outputs = self._outputs.collect()
+        for output in outputs:
+            if output.is_finished:
+                del self._requests[output.request_id]
+                self._deadlines.pop(output.request_id, None)
+                self._compiling.pop(output.request_id, None)
+        return outputs
+
+    def _end_overdue(self, now: float) -> None:
+        for name in [name for name, at in self._deadlines.items() if at <= now]:
+            state = self._requests[name]
+            limit = state.request.deadline_s
+            error = DeadlineError(f"the request was not finished within its {limit:g} s")
+            self._committer.end_request(state, FinishReason.ABORT, error)
+            del self._deadlines[name]
+
+    def _hand_out_grammars(self) -> None:
+        """Give compiled grammars to their sequences, which become ready."""
+        for name, state in list(self._compiling.items()):
+            future = state.grammar
+            if future is None or not future.done():
+                continue
+            del self._compiling[name]
+            state.grammar = None
+            error = future.exception()
+            if error is not None:
+                self._committer.end_request(state, FinishReason.ERROR, as_request_error(error))
+                continue
+            (leader,) = state.sequences
+            leader.grammar = future.result()
+            leader.plan.bitmask = np.zeros(-(-self.limits.vocab_size // 32), np.int32)
+
+    def _wait_for_grammar(self) -> None:
+        pending = [state.grammar for state in self._compiling.values() if state.grammar]
+        wait(pending, timeout=GRAMMAR_WAIT_S, return_when=FIRST_COMPLETED)
+
+    def _report(self, step: ScheduledStep, started: float) -> None:
+        self.step_idx += 1
+        if not self.on_step:
+            return
+        stats = StepStats(
+            step=self.step_idx,
+            started=started,
+            duration=time.monotonic() - started,
+            num_decode_tokens=step.num_decode_tokens,
+            num_prompt_tokens=step.num_prompt_tokens,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_preempted=step.num_preempted,
+            kv_usage=1 - self.pool.num_free / self.pool.num_usable,
+            token_budget=self.scheduler.token_budget,
+        )
+        for hook in self.on_step:
+            hook(stats)
+
+
+def _note_scheduled(step: ScheduledStep, now: float) -> None:
+    for chunk in step.chunks:
+        state = chunk.seq.state
+        if state.scheduled is None:
+            state.scheduled = now
+            state.num_cached_tokens = chunk.start
+
+
+def _buffer_tokens(config: EngineConfig, budget: int, max_model_len: int) -> int:
+    """Longest step: whole-prompt takes the first prompt whatever its length."""
+    longest = max_model_len if config.policy == "whole-prompt" else 0
+    return max(budget, longest, MIN_BUFFER_TOKENS)

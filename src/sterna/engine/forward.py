@@ -1,0 +1,87 @@
+"""Runs a step so that what fails stays with the request that caused it.
+
+A step that raises is repeated chunk by chunk; computing a chunk again writes the same values to
+the same slots, so this is safe. Only the chunks that raise again have failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sterna.core.errors import StepError, SternaError
+from sterna.core.log import get_logger
+from sterna.engine.request import TokenLogprob
+from sterna.engine.runner import Logits
+from sterna.engine.sampler import RowPlan, Sampled, sample
+from sterna.engine.scheduler import Chunk
+
+log = get_logger(__name__)
+
+Run = Callable[[Sequence[Chunk]], Logits]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What became of a step's chunks: those computed, their logits, and those that raised."""
+
+    chunks: tuple[Chunk, ...]
+    logits: Logits
+    failed: tuple[tuple[Chunk, SternaError], ...] = ()
+
+
+def run_isolated(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
+    """`run(chunks)`, or each chunk alone when that raises."""
+    try:
+        return Forward(chunks, run(chunks))
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the others go on
+        log.warning("a step of %d chunks failed (%r); repeating one by one", len(chunks), error)
+        return _run_singly(run, chunks)
+
+
+def sample_isolated(
+    values: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
+) -> list[Sampled]:
+    """`sample`, or each row alone when that raises."""
+    try:
+        return sample(values, rows, plans)
+    except Exception as error:  # noqa: BLE001 - find the row that raises, the others go on
+        log.warning("sampling %d rows failed (%r); repeating one by one", len(rows), error)
+        return [_sample_alone(values[row], plan) for row, plan in zip(rows, plans, strict=True)]
+
+
+def as_request_error(error: BaseException) -> SternaError:
+    """The error a client is told: its own if it has a type of ours, else a StepError."""
+    if isinstance(error, SternaError):
+        return error
+    return StepError(f"computing this request failed: {type(error).__name__}: {error}")
+
+
+def _run_singly(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
+    done: list[Chunk] = []
+    failed: list[tuple[Chunk, SternaError]] = []
+    values: list[NDArray[np.float32]] = []
+    prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+    for chunk in chunks:
+        try:
+            part = run((chunk,))
+        except Exception as error:  # noqa: BLE001 - becomes this request's error
+            failed.append((chunk, as_request_error(error)))
+            continue
+        if part.prompt_logprobs:
+            prompt_logprobs[len(done)] = part.prompt_logprobs[0]
+        values.extend(part.values[row : row + 1].copy() for row in part.rows)
+        done.append(chunk)
+    stacked = np.concatenate(values) if values else np.empty((0, 1), np.float32)
+    logits = Logits(stacked, tuple(range(len(stacked))), prompt_logprobs)
+    return Forward(tuple(done), logits, tuple(failed))
+
+
+def _sample_alone(row: NDArray[np.float32], plan: RowPlan) -> Sampled:
+    try:
+        return sample(row[None], (0,), (plan,))[0]
+    except Exception as error:  # noqa: BLE001 - becomes this request's error
+        return Sampled(-1, error=as_request_error(error))

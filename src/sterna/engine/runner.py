@@ -1,0 +1,300 @@
+"""From scheduled chunks to logits: fills the input buffers, builds the Batch, calls the decoder.
+
+The buffers are allocated once and written in place through numpy views, and the Batch over a
+given shape (T tokens, S sequences, R output rows) is built once and kept. So a decode step does a
+handful of array writes in Python, and a recorded step can replay on the same addresses.
+
+On a CUDA device the same host buffers are pinned and copied to device buffers each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sterna.engine.memory import SizedModel
+from sterna.engine.request import TokenLogprob
+from sterna.engine.sampler import token_logprob
+from sterna.engine.scheduler import Chunk
+from sterna.model.batch import Batch, KVView
+
+if TYPE_CHECKING:
+    from sterna.engine.sequence import Sequence as EngineSequence
+
+# Rows of logits held at once for prompt_logprobs: 256 rows x 150k vocabulary x 4 B = 154 MB.
+LOGITS_ROWS = 256
+# Shapes whose Batch is kept. A Batch is eight views, about 3 KB.
+MAX_KEPT_BATCHES = 1024
+
+
+class InferenceModel(SizedModel, Protocol):
+    """What the engine needs of a decoder; see model/decoder.py."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[R, D] final hidden states of `batch.output_rows`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 [R, V] logits of hidden states [R, D]."""
+        ...
+
+    def rope_row_offset(self, total_len: int) -> int:
+        """Added to the positions of a sequence that may reach `total_len` tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """T tokens, S sequences, R output rows: the key of a kept Batch."""
+
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """`values[rows[i]]` are the logits of the i-th chunk that samples."""
+
+    values: NDArray[np.float32]
+    rows: tuple[int, ...]
+    # Of chunk c (by its place in the step): entries for prompt tokens start + 1 .. start + count.
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+
+
+class InputBuffers:
+    """Fixed-address inputs of a step: torch tensors on the device, numpy views on the host.
+
+    Counts are upper bounds: T <= max_tokens, S <= max_seqs, block tables are max_blocks wide.
+    """
+
+    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int, device: str) -> None:
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        shapes = {
+            "tokens": ((max_tokens,), torch.int32),
+            "positions": ((max_tokens,), torch.int32),
+            "slots": ((max_tokens,), torch.int64),
+            "query_starts": ((max_seqs + 1,), torch.int32),
+            "context_lens": ((max_seqs,), torch.int32),
+            "output_rows": ((max_tokens,), torch.int32),
+            "block_tables": ((max_seqs, max_blocks), torch.int32),
+        }
+        pinned = device != "cpu"
+        self._host = {
+            name: torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+            for name, (shape, dtype) in shapes.items()
+        }
+        self._device = (
+            {name: tensor.to(device) for name, tensor in self._host.items()}
+            if pinned
+            else self._host
+        )
+        self.tokens: NDArray[np.int32] = self._host["tokens"].numpy()
+        self.positions: NDArray[np.int32] = self._host["positions"].numpy()
+        self.slots: NDArray[np.int64] = self._host["slots"].numpy()
+        self.query_starts: NDArray[np.int32] = self._host["query_starts"].numpy()
+        self.context_lens: NDArray[np.int32] = self._host["context_lens"].numpy()
+        self.output_rows: NDArray[np.int32] = self._host["output_rows"].numpy()
+        self.block_tables: NDArray[np.int32] = self._host["block_tables"].numpy()
+
+    def upload(self) -> None:
+        """Copy the host buffers to the device; nothing to do on a CPU."""
+        if self._device is not self._host:
+            for name, tensor in self._host.items():
+                self._device[name].copy_(tensor, non_blocking=True)
+
+    def batch(self, shape: BatchShape, layers: tuple[Tensor, ...], block_size: int) -> Batch:
+        """A Batch of views into the buffers."""
+        t, s, r = shape.num_tokens, shape.num_seqs, shape.num_rows
+        view = self._device
+        return Batch(
+            tokens=view["tokens"][:t],
+            positions=view["positions"][:t],
+            query_starts=view["query_starts"][: s + 1],
+            context_lens=view["context_lens"][:s],
+            output_rows=view["output_rows"][:r],
+            kv=KVView(layers, view["block_tables"][:s], view["slots"][:t], block_size),
+        )
+
+
+class Runner:
+    """Owns the KV tensors and the input buffers of one engine."""
+
+    def __init__(
+        self,
+        decoder: InferenceModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_tokens: int,
+        max_seqs: int,
+        max_blocks: int,
+        device: str = "cpu",
+    ) -> None:
+        self.decoder = decoder
+        self.block_size = block_size
+        self.layers = decoder.new_kv_layers(num_blocks, block_size)
+        self.buffers = InputBuffers(max_tokens, max_seqs, max_blocks, device)
+        self._batches: dict[BatchShape, Batch] = {}
+        self._offsets = np.arange(max_tokens, dtype=np.int32)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Float32 logits [R, V] of the output rows. The one place where the model is called."""
+        return self.decoder.logits(self.decoder.hidden(batch))
+
+    def fill_cache(self, batch: Batch) -> None:
+        """Like `forward` for a batch that samples nothing; its one output row is not used."""
+        self.decoder.hidden(batch)
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk]) -> Logits:
+        """Compute the chunks' keys and values, and the logits of those that sample.
+
+        Running the same chunks again writes the same values to the same slots, so a failed step
+        may be repeated.
+        """
+        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+            return self._run_with_prompt_logprobs(chunks)
+        rows = self._fill(chunks)
+        if not rows:
+            return self._run_without_logits(chunks)
+        self.buffers.output_rows[: len(rows)] = rows
+        logits = self.forward(self._batch(chunks, len(rows)))
+        return Logits(_as_numpy(logits), tuple(range(len(rows))))
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) in all layers, in order: a target may be a later source."""
+        for source, target in pairs:
+            for layer in self.layers:
+                layer[target].copy_(layer[source])
+
+    @torch.inference_mode()
+    def wipe_blocks(self, blocks: Sequence[int]) -> None:
+        """Zero blocks. NaN left behind would survive a masked softmax: 0 * NaN is NaN."""
+        for layer in self.layers if blocks else ():
+            layer[torch.tensor(blocks, device=layer.device)] = 0
+
+    def _batch(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
+        num_tokens = int(self.buffers.query_starts[len(chunks)])
+        shape = BatchShape(num_tokens, len(chunks), num_rows)
+        self.buffers.upload()
+        batch = self._batches.get(shape)
+        if batch is None:
+            if len(self._batches) >= MAX_KEPT_BATCHES:
+                self._batches.clear()
+            batch = self.buffers.batch(shape, self.layers, self.block_size)
+            self._batches[shape] = batch
+        return batch
+
+    def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Write all inputs but `output_rows`; returns the last row of each sampling chunk."""
+        buffers, rows, end = self.buffers, [], 0
+        for chunk_idx, chunk in enumerate(chunks):
+            if chunk.count == 1:
+                self._fill_one(chunk, end)
+            else:
+                self._fill_many(chunk, end)
+            end += chunk.count
+            buffers.query_starts[chunk_idx + 1] = end
+            buffers.context_lens[chunk_idx] = chunk.start + chunk.count
+            table = chunk.seq.table
+            assert table is not None, "a scheduled sequence has a table"
+            buffers.block_tables[chunk_idx] = table
+            if chunk.samples:
+                rows.append(end - 1)
+        return rows
+
+    def _fill_one(self, chunk: Chunk, row: int) -> None:
+        """The decode's way: scalars only."""
+        seq, at, size = chunk.seq, chunk.start, self.block_size
+        split = seq.num_prompt_tokens
+        token = seq.output[at - split] if at >= split else seq.state.prompt[at]
+        self.buffers.tokens[row] = token
+        self.buffers.positions[row] = at + seq.state.rope_offset
+        self.buffers.slots[row] = seq.blocks[at // size] * size + at % size
+
+    def _fill_many(self, chunk: Chunk, row: int) -> None:
+        seq, count = chunk.seq, chunk.count
+        part = slice(row, row + count)
+        at = self._offsets[:count] + chunk.start
+        assert seq.table is not None, "a scheduled sequence has a table"
+        self.buffers.tokens[part] = seq.tokens(chunk.start, count)
+        self.buffers.positions[part] = at + seq.state.rope_offset
+        self.buffers.slots[part] = block_slots(seq, at, self.block_size)
+
+    def _run_without_logits(self, chunks: Sequence[Chunk]) -> Logits:
+        """Inner chunks of prompts: only keys and values are wanted. One row keeps shapes sound;
+        the head, a fifth of a small model's weights, is not read for it.
+        """
+        self.buffers.output_rows[0] = 0
+        self.fill_cache(self._batch(chunks, 1))
+        return Logits(np.empty((0, 1), np.float32), ())
+
+    def _run_with_prompt_logprobs(self, chunks: Sequence[Chunk]) -> Logits:
+        """Rows of such prompts all need logits: computed in parts, kept only where sampled."""
+        last_rows = self._fill(chunks)
+        asked = {i: rows for i, rows in enumerate(_token_rows(chunks)) if _asks(chunks[i])}
+        wanted = sorted(set(last_rows).union(*asked.values()))
+        self.buffers.output_rows[: len(wanted)] = wanted
+        hidden = self.decoder.hidden(self._batch(chunks, len(wanted)))
+        place = {row: i for i, row in enumerate(wanted)}
+        entries: dict[int, list[TokenLogprob]] = {}
+        for chunk_idx, rows in asked.items():
+            part = hidden[place[rows[0]] : place[rows[-1]] + 1]
+            entries[chunk_idx] = self._prompt_logprobs(chunks[chunk_idx], part)
+        if not last_rows:
+            return Logits(np.empty((0, 1), np.float32), (), entries)
+        index = torch.tensor([place[row] for row in last_rows], device=hidden.device)
+        values = _as_numpy(self.decoder.logits(hidden[index]))
+        return Logits(values, tuple(range(len(last_rows))), entries)
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> list[TokenLogprob]:
+        """Row i of the chunk predicts prompt token start + i + 1; the last may predict none."""
+        num_top = chunk.seq.state.request.params.prompt_logprobs or 0
+        targets = chunk.seq.state.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
+        found: list[TokenLogprob] = []
+        for start in range(0, len(targets), LOGITS_ROWS):
+            part = targets[start : start + LOGITS_ROWS]
+            logits = _as_numpy(self.decoder.logits(hidden[start : start + len(part)]))
+            pairs = zip(logits, part, strict=True)
+            found.extend(token_logprob(row, int(target), num_top) for row, target in pairs)
+        return found
+
+
+def wants_prompt_logprobs(chunk: Chunk) -> bool:
+    """The chunk has prompt rows whose logits the request asked for."""
+    return _asks(chunk) and chunk.start < chunk.seq.num_prompt_tokens
+
+
+def block_slots(seq: EngineSequence, at: NDArray[np.int32], block_size: int) -> NDArray[np.int64]:
+    """Cache slots of the token positions `at`: block * block_size + offset."""
+    assert seq.table is not None, "a scheduled sequence has a table"
+    blocks = seq.table[at // block_size].astype(np.int64)
+    return blocks * block_size + at % block_size
+
+
+def _asks(chunk: Chunk) -> bool:
+    seq = chunk.seq
+    return seq.state.request.params.prompt_logprobs is not None and not seq.output
+
+
+def _token_rows(chunks: Sequence[Chunk]) -> list[range]:
+    """The rows of each chunk."""
+    found, end = [], 0
+    for chunk in chunks:
+        found.append(range(end, end + chunk.count))
+        end += chunk.count
+    return found
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.float().cpu().numpy()
+    return array

@@ -1,0 +1,249 @@
+"""Choose the next token of each row. The reference; a native sampler must give the same tokens.
+
+A row goes through, in this order (V logits l, float32):
+
+    1  grammar bitmask, allowed_token_ids, bad_words, min_tokens (no end token yet)   -> -inf
+    2  repetition_penalty r over prompt + output:  l / r if l > 0 else l * r
+       presence p and frequency f over output:     l - p * [count > 0] - f * count
+       logit_bias:                                 l + bias
+    3  temperature: 0 (or below 1e-5) takes the largest, ties to the smallest id; else l / t
+    4  min_p: drop what is below min_p * the largest probability
+    5  top_k, then top_p over the renormalised rest
+    6  one uniform of rng.py, inverse CDF over the survivors in id order
+
+Logprobs are the float32 log-softmax of the raw logits, before any of this. Each row is worked on
+alone, so its result cannot depend on its companions. The definitions of the penalties are
+OpenAI's (presence, frequency) and CTRL's (repetition, arXiv 1909.05858).
+
+Only survivors are sorted for top_p: tokens with probability below (1 - top_p) / V weigh less than
+1 - top_p together, so none of them is in the nucleus. On a 49k vocabulary this leaves a few
+hundred to sort instead of 49k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sterna.core.errors import StepError, SternaError
+from sterna.engine.request import SamplingParams, TokenLogprob
+from sterna.engine.rng import uniform
+
+# Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
+GREEDY_BELOW = 1e-5
+_NEG_INF = np.float32(-np.inf)
+
+
+@dataclass(slots=True, eq=False)
+class RowPlan:
+    """What the sampler must know about one sequence. `output` is the live list of its tokens."""
+
+    params: SamplingParams
+    seed: int
+    sample_idx: int
+    prompt: NDArray[np.int32]
+    output: list[int]
+    end_ids: tuple[int, ...] = ()  # not allowed before min_tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    bitmask: NDArray[np.int32] | None = None  # bit i of word i // 32: token i is allowed
+    is_plain_greedy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.is_plain_greedy = (
+            is_greedy(p)
+            and p.logprobs is None
+            and p.structured is None
+            and p.min_tokens == 0
+            and not (has_penalties(p) or p.logit_bias or p.allowed_token_ids or self.bad_words)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token of one row, or why there is none."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+    error: SternaError | None = None
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """The largest logit is taken."""
+    return params.temperature < GREEDY_BELOW
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Any of the three penalties is on."""
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    )
+
+
+def sample(
+    logits: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
+) -> list[Sampled]:
+    """One token a plan; plan i reads row `rows[i]` of `logits` [R, V].
+
+    Never raises for a bad row (NaN or infinite logits, nothing allowed): that row's `Sampled`
+    carries a StepError.
+    """
+    if all(plan.is_plain_greedy for plan in plans):
+        return _sample_greedy(logits, rows)
+    return [_sample_row(logits[row], plan) for row, plan in zip(rows, plans, strict=True)]
+
+
+def token_logprob(row: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob:
+    """Log-probability and rank of `token_id` in raw logits [V], with the `num_top` best."""
+    top_logit = row.max()
+    log_sum = np.log(np.exp(row - top_logit).sum(dtype=np.float64))
+    shift = float(top_logit) + float(log_sum)
+    chosen = row[token_id]
+    best = _largest(row, num_top)
+    return TokenLogprob(
+        token_id=token_id,
+        logprob=float(chosen) - shift,
+        rank=1 + int(np.count_nonzero(row > chosen)),
+        top=tuple((int(i), float(row[i]) - shift) for i in best),
+    )
+
+
+def _sample_greedy(logits: NDArray[np.float32], rows: Sequence[int]) -> list[Sampled]:
+    """All rows at once. argmax propagates NaN, so one look at the winner finds any NaN."""
+    best = logits.argmax(axis=1)
+    values = logits[np.arange(len(best)), best]
+    sound = np.isfinite(values).tolist()
+    tokens = best.tolist()
+    return [Sampled(tokens[row]) if sound[row] else _broken_row() for row in rows]
+
+
+def _sample_row(raw: NDArray[np.float32], plan: RowPlan) -> Sampled:
+    if not np.isfinite(raw.max()):  # max propagates NaN
+        return _broken_row()
+    row = _constrain(raw, plan, with_bans=True)
+    if row.max() == _NEG_INF:
+        # The grammar allows only what min_tokens or bad_words forbid: the grammar wins.
+        row = _constrain(raw, plan, with_bans=False)
+    if row.max() == _NEG_INF:
+        return Sampled(-1, error=StepError("the request's constraints leave no token to choose"))
+    row = _adjust(row, plan)
+    token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
+    num_top = plan.params.logprobs
+    return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
+
+
+def _constrain(raw: NDArray[np.float32], plan: RowPlan, with_bans: bool) -> NDArray[np.float32]:
+    """Step 1: a copy of the row with forbidden tokens at -inf."""
+    row = raw.copy()
+    if plan.bitmask is not None:
+        bits = np.unpackbits(plan.bitmask.view(np.uint8), bitorder="little")
+        row[: len(bits)][bits[: len(row)] == 0] = _NEG_INF
+        row[len(bits) :] = _NEG_INF  # rows that pad the vocabulary have no bit
+    if plan.params.allowed_token_ids:
+        keep = np.array(plan.params.allowed_token_ids)
+        kept = row[keep]
+        row.fill(_NEG_INF)
+        row[keep] = kept
+    if with_bans:
+        row[_banned(plan)] = _NEG_INF
+    return row
+
+
+def _banned(plan: RowPlan) -> list[int]:
+    """End tokens before min_tokens, and last tokens of bad words whose start was just produced."""
+    output = plan.output
+    banned = list(plan.end_ids) if len(output) < plan.params.min_tokens else []
+    for word in plan.bad_words:
+        start = len(output) - len(word) + 1
+        if start >= 0 and tuple(output[start:]) == word[:-1]:
+            banned.append(word[-1])
+    return banned
+
+
+def _adjust(row: NDArray[np.float32], plan: RowPlan) -> NDArray[np.float32]:
+    """Step 2, in place."""
+    params = plan.params
+    if has_penalties(params):
+        _penalise(row, plan)
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += np.float32(bias)
+    return row
+
+
+def _penalise(row: NDArray[np.float32], plan: RowPlan) -> None:
+    params = plan.params
+    output = np.array(plan.output, np.int64)
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.concatenate([plan.prompt, output]))
+        penalty = np.float32(params.repetition_penalty)
+        row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    ids, counts = np.unique(output, return_counts=True)
+    frequency = np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    row[ids] -= frequency + np.float32(params.presence_penalty)
+
+
+def _draw(row: NDArray[np.float32], plan: RowPlan) -> int:
+    """Steps 3 to 6."""
+    ids, probs = _probabilities(row, plan.params)
+    cdf = np.cumsum(probs, dtype=np.float64)
+    point = uniform(plan.seed, plan.sample_idx, len(plan.output)) * cdf[-1]
+    # `right`: a token of probability 0 is never drawn, also when the uniform is exactly 0.
+    return int(ids[min(int(cdf.searchsorted(point, side="right")), len(ids) - 1)])
+
+
+def _probabilities(
+    row: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids in ascending order and unnormalised probabilities (largest = 1) of the survivors."""
+    probs = np.exp((row - row.max()) / np.float32(params.temperature))
+    keep = probs > 0
+    if params.min_p > 0:
+        keep &= probs >= np.float32(params.min_p)
+    if 0 < params.top_k < len(row):
+        keep &= _top_k_mask(row, params.top_k)
+    ids = np.flatnonzero(keep)
+    probs = probs[ids]
+    if params.top_p < 1:
+        inside = _nucleus(probs, params.top_p)
+        ids, probs = ids[inside], probs[inside]
+    return ids, probs
+
+
+def _top_k_mask(row: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
+    """The `top_k` largest; among equals at the border the smaller ids."""
+    border = np.partition(row, len(row) - top_k)[len(row) - top_k]
+    mask: NDArray[np.bool_] = row > border
+    equal = np.flatnonzero(row == border)
+    mask[equal[: top_k - int(np.count_nonzero(mask))]] = True
+    return mask
+
+
+def _nucleus(probs: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """Sorted indices of the smallest set of largest probabilities that weighs >= top_p."""
+    total = float(probs.sum(dtype=np.float64))
+    large = np.flatnonzero(probs >= (1 - top_p) * total / len(probs) * 0.999)
+    by_prob = large[np.argsort(-probs[large], kind="stable")]
+    before = np.cumsum(probs[by_prob], dtype=np.float64) - probs[by_prob]
+    count = max(1, int(np.count_nonzero(before < top_p * total)))
+    return np.sort(by_prob[:count])
+
+
+def _largest(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Ids of the `count` largest, largest first, ties to the smaller id."""
+    if count == 0:
+        return np.empty(0, np.int64)
+    ids = np.flatnonzero(_top_k_mask(row, min(count, len(row))))
+    return ids[np.argsort(-row[ids], kind="stable")]
+
+
+def _broken_row() -> Sampled:
+    return Sampled(
+        -1,
+        error=StepError(
+            "the model's logits are not finite (NaN or infinity) for this request; "
+            "it was ended, others go on"
+        ),
+    )

@@ -1,0 +1,240 @@
+"""Who runs in the next step: Dynamic SplitFuse (arXiv 2401.08671), and whole-prompt to compare.
+
+Dynamic SplitFuse. A step computes at most `token_budget` tokens. Every running sequence with one
+token left (a decode) gets it first; the rest of the budget is filled exactly with prompt chunks,
+cut where necessary. So a step's duration is nearly constant and decodes never wait for a prompt.
+
+Who gets the prompt share R of a step:
+  1. the oldest unfinished prompt gets ceil(R / 2);
+  2. what is left goes to the shortest remaining prompts first, within a priority.
+Rule 2 lets a short question overtake a document; rule 1 keeps the document moving.
+
+Order is (priority, arrival, sample), a total order that never changes.
+
+Why it cannot deadlock. (a) A sequence whose prompt + max_tokens exceeds the pool is refused by
+`Engine.add`, so each sequence fits the pool alone. (b) A sequence gets blocks for its whole prompt
+when it is admitted or is not admitted, so unfinished prompts never wait for blocks. (c) A decode
+without a block preempts the running sequence that is last in the order, possibly itself; so the
+first running sequence is never preempted unless it is the only one, and then by (a) all its blocks
+exist. It makes progress each step until it ends, then the next is first. (d) When nothing runs,
+the first ready sequence of the queue is admitted without headroom, and by (a) it fits.
+
+Starvation bound. Decodes take at most 3/4 of the budget B (`max_running`), so R >= B/4 and the
+oldest prompt computes at least B/8 tokens a step. A request that fits the free memory and finds a
+free place therefore gets its first chunk after at most N + 8 A / B steps, where N requests with A
+prompt tokens are ahead of it in the order, however many requests arrive after it and however long
+the others generate. A request that does not fit the free memory may be overtaken by at most
+MAX_BYPASS later admissions; then nobody is admitted before it until it fits.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+from typing import Literal
+
+from sterna.engine.sequence import Sequence, Status
+from sterna.engine.tables import BlockTables
+
+# Later sequences that may be admitted while an earlier one waits for memory. Two full default
+# batches: enough to keep the machine busy, few enough to bound the wait.
+MAX_BYPASS = 128
+# Share of the budget that decodes may take; the rest keeps prompts moving.
+MAX_DECODE_SHARE = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start .. start + count` of `seq`. `samples`: the next token is drawn from it."""
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """The work of one forward, decodes first."""
+
+    chunks: tuple[Chunk, ...]
+    num_decode_tokens: int
+    num_prompt_tokens: int
+    num_preempted: int
+
+
+def _by_order(seq: Sequence) -> tuple[int, int, int]:
+    return seq.order
+
+
+class Scheduler:
+    """Owns the queue and the running list; both are sorted by `Sequence.order`."""
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        token_budget: int,
+        max_num_seqs: int,
+        policy: Literal["splitfuse", "whole-prompt"] = "splitfuse",
+    ) -> None:
+        self.tables = tables
+        self.token_budget = token_budget
+        self.max_running = max_running(token_budget, max_num_seqs)
+        self.policy = policy
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_waiting_tokens = 0  # prompt and recomputed tokens of the queue
+        self._num_preempted = 0
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence (new, or preempted)."""
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_by_order)
+        seq.num_queued_tokens = seq.num_tokens
+        self.num_waiting_tokens += seq.num_queued_tokens
+
+    def add_fork(self, parent: Sequence, child: Sequence) -> None:
+        """Start a sample from its sibling's blocks, or queue it when no place is free."""
+        if len(self.running) >= self.max_running:
+            self.add(child)
+            return
+        self.tables.fork(parent, child)
+        child.status = Status.RUNNING
+        insort(self.running, child, key=_by_order)
+
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence and give its blocks back."""
+        self._leave(seq)
+        self.tables.release(seq)
+
+    def finish_damaged(self, seq: Sequence) -> list[int]:
+        """Remove a failed sequence; returns the blocks whose content must be wiped."""
+        self._leave(seq)
+        return self.tables.release_damaged(seq)
+
+    def set_token_budget(self, token_budget: int, max_num_seqs: int) -> None:
+        """Change the budget between steps."""
+        self.token_budget = token_budget
+        self.max_running = max_running(token_budget, max_num_seqs)
+
+    def schedule(self) -> ScheduledStep:
+        """Choose the chunks of the next step and give them their blocks."""
+        self._num_preempted = 0
+        if self.policy == "whole-prompt":
+            chunks = self._whole_prompts() or self._decodes()
+        else:
+            decodes = self._decodes()
+            chunks = decodes + self._prompt_chunks(self.token_budget - len(decodes))
+        num_tokens = sum(chunk.count for chunk in chunks)
+        num_decodes = sum(chunk.count == 1 and bool(chunk.seq.output) for chunk in chunks)
+        return ScheduledStep(
+            tuple(chunks), num_decodes, num_tokens - num_decodes, self._num_preempted
+        )
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is Status.WAITING:
+            self._dequeue(seq)
+        seq.status = Status.FINISHED
+
+    def _dequeue(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self.num_waiting_tokens -= seq.num_queued_tokens
+
+    def _decodes(self) -> list[Chunk]:
+        """One token for every running sequence that needs just one, oldest first."""
+        chunks = []
+        for seq in list(self.running):
+            if seq.num_remaining != 1 or seq.status is not Status.RUNNING:
+                continue
+            if self._make_room(seq):
+                chunks.append(Chunk(seq, seq.num_computed, 1, True))
+        return chunks
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """A writable slot for `seq`, at the expense of later sequences; False if it yielded."""
+        while not self.tables.ensure_slot(seq):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.tables.release(seq)
+        self._num_preempted += 1
+        self.add(seq)
+
+    def _prompt_chunks(self, budget: int) -> list[Chunk]:
+        """Fill `budget` tokens: half for the oldest prompt, the rest by shortest remaining."""
+        # After a preemption admission would only take back the blocks that were just freed.
+        queue = [seq for seq in self.waiting if seq.is_ready] if self._may_admit() else []
+        partial = [seq for seq in self.running if seq.num_remaining > 1]
+        if budget <= 0 or not (partial or queue):
+            return []
+        taken: dict[Sequence, int] = {}
+        by_age = sorted(partial + queue, key=_by_order)
+        half = -(-budget // 2)
+        left = budget - next(filter(None, (self._take(seq, half, taken) for seq in by_age)), 0)
+        for seq in sorted(by_age, key=lambda s: (s.order[0], s.num_remaining, s.order)):
+            if left <= 0:
+                break
+            left -= self._take(seq, left, taken)
+        return [_chunk(seq, count) for seq, count in taken.items()]
+
+    def _may_admit(self) -> bool:
+        return self._num_preempted == 0 and len(self.running) < self.max_running
+
+    def _take(self, seq: Sequence, limit: int, taken: dict[Sequence, int]) -> int:
+        """Give `seq` up to `limit` more tokens of this step; 0 when it cannot be admitted."""
+        if seq.status is Status.WAITING and not self._admit(seq):
+            return 0
+        already = taken.get(seq, 0)
+        count = min(limit, seq.num_remaining - already)
+        if count > 0:
+            taken[seq] = already + count
+        return count
+
+    def _whole_prompts(self) -> list[Chunk]:
+        """Prompts uncut, in order, up to the budget; the first one whatever its length."""
+        chunks: list[Chunk] = []
+        left = self.token_budget
+        for seq in [seq for seq in self.waiting if seq.is_ready]:
+            if chunks and (seq.num_tokens > left or not self._admit(seq)):
+                break
+            if not chunks and not self._admit(seq):
+                break
+            chunks.append(_chunk(seq, seq.num_remaining))
+            left -= seq.num_remaining
+        return chunks
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Move `seq` from the queue to the running list if a place and the memory are free."""
+        if len(self.running) >= self.max_running:
+            return False
+        blocked = [s for s in self.waiting if s.num_bypassed and s.order < seq.order]
+        if any(s.num_bypassed >= MAX_BYPASS for s in blocked):
+            return False
+        # One block a running sequence: else its next block would preempt what was just admitted.
+        if not self.tables.admit(seq, headroom=len(self.running)):
+            seq.num_bypassed = max(seq.num_bypassed, 1)
+            return False
+        for earlier in blocked:
+            earlier.num_bypassed += 1
+        self._dequeue(seq)
+        seq.num_bypassed = 0
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=_by_order)
+        return True
+
+
+def max_running(token_budget: int, max_num_seqs: int) -> int:
+    """Sequences that may run at once, so that decodes leave a share of the budget to prompts."""
+    return max(1, min(max_num_seqs, int(token_budget * MAX_DECODE_SHARE)))
+
+
+def _chunk(seq: Sequence, count: int) -> Chunk:
+    samples = count == seq.num_remaining
+    return Chunk(seq, seq.num_computed, count, samples)
