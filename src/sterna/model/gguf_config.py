@@ -47,7 +47,7 @@ class _Metadata:
         info = self.file.tensors.get(f"{name}.weight")
         if info is None:
             return None
-        raw = torch.from_numpy(self.file.tensor_bytes(info.name))
+        raw = torch.from_numpy(self.file.tensor_bytes(info.name).copy())
         return [float(value) for value in dequantize(raw, info.type)]
 
 
