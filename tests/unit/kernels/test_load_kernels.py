@@ -1,0 +1,76 @@
+"""The choice of the kernel level, each in a fresh process: it is made once a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sterna.core.errors import KernelError
+from sterna.kernels.load import describe, load_kernels
+from sterna.kernels.optable import OPS
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_describe_names_every_op_once():
+    rows = describe()
+    assert [row.op for row in rows] == [op.name for op in OPS]
+    assert all(row.backend in ("reference", "cpu") and row.why for row in rows)
+
+
+def test_unknown_level_is_answered_with_the_nearest():
+    with pytest.raises(KernelError, match="unknown kernel level 'cpuu'; did you mean 'cpu'"):
+        load_kernels("cpuu")
+
+
+def test_environment_forces_the_reference():
+    code = (
+        "from sterna.kernels.load import describe, load_kernels; "
+        "print(load_kernels().level, {r.backend for r in describe()}, describe()[0].why)"
+    )
+    done = run(code, STERNA_KERNELS="reference")
+    assert done.stdout.strip() == "reference {'reference'} asked for"
+    assert done.stderr == ""
+
+
+def test_a_level_that_cannot_run_is_refused():
+    code = "from sterna.kernels.load import load_kernels; load_kernels('triton')"
+    assert "KernelError: kernel level 'triton' is not part of this version" in run(code).stderr
+
+
+def test_the_level_cannot_change_within_a_process():
+    code = (
+        "from sterna.kernels.load import load_kernels; load_kernels('reference'); "
+        "load_kernels('cpu')"
+    )
+    assert "already runs 'reference'" in run(code, STERNA_KERNELS="").stderr
+
+
+def test_a_missing_extension_warns_once_and_falls_back():
+    code = (
+        "import logging, sys; logging.basicConfig(); import sterna.kernels.load as load; "
+        "load._EXTENSION = 'sterna.kernels.not_built'; "
+        "print(load.load_kernels().level, load.load_kernels().level)"
+    )
+    done = run(code, STERNA_KERNELS="")
+    assert done.stdout.strip() == "reference reference"
+    assert done.stderr.count("the C++ extension is not built") == 1
+
+
+def test_forcing_a_missing_extension_is_an_error():
+    code = (
+        "import sterna.kernels.load as load; load._EXTENSION = 'sterna.kernels.not_built'; "
+        "load.load_kernels('cpu')"
+    )
+    assert "kernel level 'cpu' asked, but the C++ extension is not built" in run(code).stderr
