@@ -128,13 +128,12 @@ class ResultFile:
             message = f"{self._path} has no batch result at byte {offset}; give another --output"
             raise ConfigError(message) from error
 
-    def append(self, lines: list[bytes]) -> None:
-        """Write whole lines and sync them; SternaError (disk full) leaves no half line behind."""
+    def append(self, line: bytes) -> None:
+        """Write one line and sync it; SternaError (disk full) leaves no half line behind."""
         end = os.lseek(self._fd, 0, os.SEEK_END)
-        data = b"".join(lines)
         try:
-            written = os.write(self._fd, data)
-            if written != len(data):
+            written = os.write(self._fd, line)
+            if written != len(line):
                 raise OSError("disk full")
             os.fsync(self._fd)
         except OSError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sterna.cli.bench_serve.options import LoadOptions, ReportOptions, TargetOptions
-from sterna.cli.settings import DEFAULT_ENGINE, AsJson, ConfigFiles, EngineOptions
+from sterna.cli.flags import DEFAULT_ENGINE, AsJson, ConfigFiles, EngineOptions
 from sterna.core.log import setup_logging
 
 EXIT_NOTHING_ANSWERED = 1

@@ -16,8 +16,8 @@ from rich.console import Console
 from sterna.cli.complete import choice_text
 from sterna.cli.endpoint import Endpoint, open_endpoint
 from sterna.cli.failures import describe_validation
+from sterna.cli.flags import DEFAULT_ENGINE, ConfigFiles, EngineOptions
 from sterna.cli.sampling import DEFAULT_SAMPLING, Sampling, SamplingOptions
-from sterna.cli.settings import DEFAULT_ENGINE, ConfigFiles, EngineOptions
 from sterna.core.errors import SternaError
 from sterna.core.log import setup_logging
 from sterna.core.lookup import unknown

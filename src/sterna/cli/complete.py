@@ -25,8 +25,8 @@ from rich.text import Text
 
 from sterna.cli.batchrun import BatchRun, BatchSummary
 from sterna.cli.endpoint import Endpoint, open_endpoint
+from sterna.cli.flags import DEFAULT_ENGINE, AsJson, ConfigFiles, EngineOptions
 from sterna.cli.sampling import DEFAULT_SAMPLING, Sampling, SamplingOptions
-from sterna.cli.settings import DEFAULT_ENGINE, AsJson, ConfigFiles, EngineOptions
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
 from sterna.engine.config import EngineConfig
@@ -99,14 +99,10 @@ def _piped_prompt() -> str:
 def _single(prompt: str, is_chat: bool, sampling: SamplingOptions, as_json: bool) -> Any:
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     content = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
+    fields = {"max_tokens": DEFAULT_MAX_TOKENS, **content, **sampling.body()}
 
     async def job(endpoint: Endpoint) -> int:
-        body = {
-            "model": endpoint.model,
-            "max_tokens": DEFAULT_MAX_TOKENS,
-            **content,
-            **sampling.body(),
-        }
+        body = {"model": endpoint.model, **fields}
         if as_json:
             return _print_json(await endpoint.post(path, body))
         async for event in endpoint.stream(path, body):
@@ -133,6 +129,8 @@ def choice_text(choice: dict[str, Any]) -> str:
 def _batch(
     source: Path, output: Path, concurrency: int, sampling: SamplingOptions, as_json: bool
 ) -> Any:
+    defaults = sampling.body()
+
     async def job(endpoint: Endpoint) -> int:
         with _progress(is_shown=not as_json) as progress:
             task = progress.add_task(source.name, total=None)
@@ -141,7 +139,7 @@ def _batch(
                 done = summary.skipped + summary.completed + summary.failed
                 progress.update(task, total=summary.total, completed=done)
 
-            run = BatchRun(endpoint, sampling.body(), concurrency, show)
+            run = BatchRun(endpoint, defaults, concurrency, show)
             summary = await run.run(source, output)
         _print_summary(summary, output, as_json)
         return EXIT_SOME_FAILED if summary.failed else 0

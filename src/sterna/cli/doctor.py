@@ -11,9 +11,10 @@ from importlib import metadata
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from sterna.cli.settings import AsJson
+from sterna.cli.flags import AsJson
 from sterna.core.errors import SternaError
 from sterna.core.log import setup_logging
 from sterna.core.machine import available_memory_bytes, fingerprint
@@ -99,12 +100,10 @@ def _kernels() -> dict[str, Any]:
 
 def _isa() -> str | None:
     """The instruction set that the C++ kernels chose; None on the reference kernels."""
-    try:
-        from sterna.kernels import _cpu
-    except ImportError:
-        return None
-    name = getattr(_cpu, "isa_name", None)
-    return str(name()) if name is not None else None
+    from sterna.kernels.backend import backend_for
+
+    kernels = getattr(backend_for("cpu"), "kernels", None)
+    return None if kernels is None else str(kernels.isa)
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -120,8 +119,10 @@ def _model(name: str) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
     facts = Table(show_header=False, box=None)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in _facts(report):
-        facts.add_row(f"[bold]{name}[/]", value)
+        facts.add_row(name, escape(value))
     console.print(facts)
     _show_kernels(console, report["kernels"])
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from pydantic import ValidationError, create_model
 
 from sterna.cli.failures import describe_validation
-from sterna.cli.settings import DEFAULT_ENGINE, ConfigFiles, EngineOptions, changed
+from sterna.cli.flags import DEFAULT_ENGINE, ConfigFiles, EngineOptions, changed
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger, setup_logging
 from sterna.server.config import ServerConfig

@@ -10,33 +10,17 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
 from cyclopts.config import Dict
 
 from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
-from sterna.engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from cyclopts import App, ArgumentCollection
 
 SECTIONS = ("engine", "server")
-
-ConfigFiles = Annotated[
-    tuple[Path, ...],
-    Parameter(
-        name="--config",
-        help="TOML settings, layered left to right; later files and options win",
-        negative=(),
-        show_default=False,
-    ),
-]
-
-EngineOptions = Annotated[EngineConfig, Parameter(name="*", group="Engine")]
-DEFAULT_ENGINE = EngineConfig.model_validate({})
-AsJson = Annotated[bool, Parameter(name="--json", negative=())]
 
 
 def without_sections(arguments: Sequence[str]) -> list[str]:
@@ -103,13 +87,3 @@ def merge(layers: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
     return merged
-
-
-def changed(settings: Any) -> dict[str, object]:
-    """The fields of a pydantic model that differ from their defaults, for the log."""
-    defaults = {name: field.get_default() for name, field in type(settings).model_fields.items()}
-    return {
-        name: getattr(settings, name)
-        for name, default in defaults.items()
-        if getattr(settings, name) != default
-    }
