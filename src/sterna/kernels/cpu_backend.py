@@ -10,7 +10,9 @@ features in bfloat16, where pairs do not come out) runs the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +56,22 @@ class CpuBackend:
 
     def __init__(self, threads: int, isa: str = "") -> None:
         self.eager = EagerSink(_cpu.Kernels(threads, isa))
+        self._local = threading.local()
+
+    @property
+    def sink(self) -> cpu_calls.Sink:
+        """Where this thread's calls go: they run at once, unless a tape is being recorded."""
+        sink: cpu_calls.Sink = getattr(self._local, "sink", self.eager)
+        return sink
+
+    @contextmanager
+    def sending_to(self, sink: cpu_calls.Sink) -> Iterator[None]:
+        """Within the block, this thread's calls go to `sink`."""
+        self._local.sink = sink
+        try:
+            yield
+        finally:
+            del self._local.sink
 
     @property
     def kernels(self) -> Any:
@@ -114,17 +132,19 @@ def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) ->
     call = cpu_calls.CALLS[name]
 
     def kernel(*args: Any) -> Tensor:
-        if not _serves(name, args):
+        sink = backend.sink
+        if not _serves(name, args, check=sink is backend.eager):
             return reference(*args)
         ready = (a.contiguous() if isinstance(a, Tensor) else a for a in args)
-        return call(backend.eager, *ready)
+        return call(sink, *ready)
 
     return kernel
 
 
-def _serves(name: str, args: tuple[Any, ...]) -> bool:
+def _serves(name: str, args: tuple[Any, ...], check: bool) -> bool:
     if name == "embed":
-        _check_tokens(args[0], args[1])
+        if check:
+            _check_tokens(args[0], args[1])
         return _is_served(args[1].dtype, args[2])
     in_features = args[0].shape[1] if name in ("linear", "gated_linear", "logits") else 0
     return _is_served(args[0].dtype, in_features)

@@ -1,13 +1,15 @@
 """A step recorded once and replayed by one native call.
 
-`record(forward, batch)` runs `forward` with every `sterna::` op intercepted: nothing is computed,
-each op becomes a call on a C++ tape with its output in an arena. Buffers are reused as soon as
-the Python tensor that stood for them dies, so the arena is as small as the forward's liveness
-allows. Replaying needs only the counts T, R, S: the batch's buffers are written in place.
+While `StepTape` runs `forward`, the CPU kernels compute nothing: each op becomes a call on a C++
+tape with its output in an arena. Buffers are reused as soon as the Python tensor that stood for
+them dies, so the arena is as small as the forward's liveness allows. Replaying needs only the
+counts T, R, S: the batch's buffers are written in place.
 
 Why: Python and the dispatcher cost about 5 us an op, 1-2 ms of a 240-op step that lasts 5.
-The road not taken: one tape a batch shape. Kernels take their row counts at replay, so one tape
-serves every shape up to the arena's.
+Roads not taken: one tape a batch shape (kernels take their row counts at replay, so one tape
+serves every shape up to the arena's); a TorchDispatchMode, whose first use imports torch._dynamo
+(1.4 s of start-up). A stray PyTorch op in a forward is caught because its result is not a
+recorded buffer; a test also proves that the decoder has none.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sterna.core.errors import KernelError
-from sterna.kernels import cpu_calls
+from sterna.kernels import _cpu
+from sterna.kernels.cpu_backend import CpuBackend
 
 B = TypeVar("B")
 
@@ -63,24 +65,6 @@ class RecordingSink:
         return 0, 0, 0
 
 
-class _Intercept(TorchDispatchMode):
-    """Turns every sterna op into a call on the sink's tape; refuses all others."""
-
-    def __init__(self, sink: RecordingSink) -> None:
-        super().__init__()
-        self._sink = sink
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.name().removesuffix(".default")
-        call = cpu_calls.CALLS.get(name.removeprefix("sterna::"))
-        if not name.startswith("sterna::") or call is None:
-            raise KernelError(f"op {name} cannot be recorded; a forward consists of sterna ops")
-        with torch._C._DisableTorchDispatch():
-            return call(self._sink, *args, **(kwargs or {}))
-
-
 class StepTape(Generic[B]):
     """A recorded forward over the buffers of one batch.
 
@@ -89,20 +73,18 @@ class StepTape(Generic[B]):
 
     def __init__(
         self,
-        kernels: Any,
+        backend: CpuBackend,
         forward: Callable[[B], Tensor],
         batch: B,
         token_inputs: tuple[Tensor, ...],
         row_inputs: tuple[Tensor, ...],
     ) -> None:
-        from sterna.kernels import _cpu
-
-        self._kernels = kernels
+        self._backend = backend
         self._tape = _cpu.Tape()
         self._batch = batch  # keeps the recorded addresses alive
         kinds = {x.data_ptr(): 0 for x in token_inputs} | {x.data_ptr(): 1 for x in row_inputs}
-        sink = RecordingSink(kernels, self._tape, kinds)
-        with torch.inference_mode(), _Intercept(sink):
+        sink = RecordingSink(backend.kernels, self._tape, kinds)
+        with torch.inference_mode(), backend.sending_to(sink):
             self.output = forward(batch)
         self._buffers = sink.buffers
         self._sink = sink
@@ -112,9 +94,9 @@ class StepTape(Generic[B]):
 
     def replay(self, num_tokens: int, num_rows: int, num_seqs: int) -> None:
         """Run the step on the first `num_tokens` tokens, `num_rows` rows, `num_seqs` sequences."""
-        self._kernels.replay(self._tape, num_tokens, num_rows, num_seqs)
+        self._backend.kernels.replay(self._tape, num_tokens, num_rows, num_seqs)
 
     def profile(self, num_tokens: int, num_rows: int, num_seqs: int) -> list[tuple[str, float]]:
         """One replay with the seconds of each call."""
-        seconds = self._kernels.profile(self._tape, num_tokens, num_rows, num_seqs)
+        seconds = self._backend.kernels.profile(self._tape, num_tokens, num_rows, num_seqs)
         return [(self._tape.name(i), s) for i, s in enumerate(seconds)]

@@ -247,8 +247,7 @@ struct Cursor {
 template <class T>
 void run(const AttentionArgs& a, const Step& step, const Worker& w) {
   int group = a.num_heads / a.num_kv_heads;
-  bool few = step.num_seqs * a.num_kv_heads < 2 * w.num_threads && step.num_rows[0] < MAX_ROWS;
-  int heads = few || group > MAX_ROWS ? 1 : group;
+  int heads = group > MAX_ROWS ? 1 : group;
   Cursor cursor{a, heads, MAX_ROWS / heads};
   Item it;
   while (cursor.find(w.next->fetch_add(1, std::memory_order_relaxed), step.num_seqs, &it))
