@@ -135,6 +135,13 @@ class ShuttingDownError(SternaError):
     code = "shutting_down"
 
 
+class EngineDownError(SternaError):
+    """The engine's thread has ended, or has work but finishes no step."""
+
+    http_status = 503
+    code = "engine_down"
+
+
 class DeadlineError(SternaError):
     """The request's own deadline passed before it was finished."""
 

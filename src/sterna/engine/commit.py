@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from sterna.core.errors import SternaError
+from sterna.core.errors import StepError, SternaError
 from sterna.engine.admit import RequestFactory
 from sterna.engine.forward import Forward, as_request_error
 from sterna.engine.outputs import StepOutputs
@@ -160,7 +160,8 @@ class Committer:
 
 def _follow_grammar(seq: Sequence, token_id: int, progress: Progress) -> Progress:
     assert seq.grammar is not None, "only called for sequences with a grammar"
-    seq.grammar.accept(token_id)
+    if not seq.grammar.accept(token_id):
+        raise StepError(f"the grammar cannot go on: {seq.grammar.error}")
     if not seq.grammar.is_finished:
         return progress
     end = seq.stop.finish_grammar()

@@ -37,5 +37,8 @@ class EngineConfig(BaseModel):
     max_queued_tokens: int = Field(
         262_144, gt=0, description="prompt tokens of waiting requests before 429"
     )
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="seconds without a finished step before /health turns red"
+    )
     capture: bool = Field(True, description="replay recorded steps instead of re-interpreting")
     seed: int = Field(0, description="seeds requests that bring none")

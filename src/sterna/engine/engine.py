@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,14 +27,15 @@ from sterna.engine.runner import InferenceModel, Logits, Runner
 from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from sterna.engine.sequence import RequestState
+from sterna.engine.stats import SpeedMeter
+from sterna.engine.structured import GrammarCompiler, check_spec
 from sterna.engine.tables import BlockTables
 from sterna.engine.validate import Limits
 
-if TYPE_CHECKING:
-    from sterna.engine.structured import GrammarCompiler
-
 # Used when nothing was measured or configured (tests, tools).
 DEFAULT_BUDGET = 256
+# Prompt tokens a second until something was measured.
+START_SPEED = 1000.0
 # Input buffers hold at least this many tokens, so that any budget can be measured and set later.
 MIN_BUFFER_TOKENS = 1024
 # How long a step with nothing to compute waits for a grammar to compile before it returns.
@@ -78,6 +78,7 @@ class Engine:
         # Called before each forward with its chunks; what a hook raises is a failed forward.
         self.on_forward: list[Callable[[Sequence[Chunk]], None]] = []
         self.step_idx = 0
+        self.speed = SpeedMeter(START_SPEED)
         self._decoder = decoder
         self._grammars = grammars
         eos_ids = shape.eos_ids | frozenset(tokenizer.eos_token_ids)
@@ -118,14 +119,28 @@ class Engine:
         """Blocks that no sequence holds: all usable ones whenever no request is in flight."""
         return self.pool.num_free
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Requests in flight, in order of arrival."""
+        return list(self._requests)
+
+    def predict_wait_s(self, num_queued: int, queued_tokens: int) -> float:
+        """Seconds until a request behind such a queue would get its first chunk."""
+        has_free_place = self.num_running < self.scheduler.max_running
+        return self.speed.predict_wait_s(num_queued, queued_tokens, has_free_place)
+
     def check(self, request: EngineRequest) -> None:
         """Raise what `add` would raise about the request itself. Safe from any thread."""
         self._factory.check(request)
-        if request.params.structured is not None and self._grammars is None:
+        spec = request.params.structured
+        if spec is None:
+            return
+        if self._grammars is None:
             raise RequestError(
                 "this engine was built without structured output; remove the response format",
                 param="response_format",
             )
+        check_spec(spec)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -207,7 +222,7 @@ class Engine:
     def _sample(self, logits: Logits, draws: list[Draw]) -> list[Sampled]:
         plans = [draw.seq.plan for draw in draws]
         for draw in draws:
-            if draw.seq.grammar is not None:
+            if draw.seq.grammar is not None and draw.seq.plan.bitmask is not None:
                 draw.seq.grammar.fill_bitmask(draw.seq.plan.bitmask)
         return sample_isolated(logits.values, [draw.row for draw in draws], plans)
 
@@ -215,6 +230,7 @@ class Engine:
         outputs = self._outputs.collect()
         for output in outputs:
             if output.is_finished:
+                self.speed.note_finished(1)
                 del self._requests[output.request_id]
                 self._deadlines.pop(output.request_id, None)
                 self._compiling.pop(output.request_id, None)
@@ -232,7 +248,7 @@ class Engine:
         """Give compiled grammars to their sequences, which become ready."""
         for name, state in list(self._compiling.items()):
             future = state.grammar
-            if future is None or not future.done():
+            if future is None or self._grammars is None or not future.done():
                 continue
             del self._compiling[name]
             state.grammar = None
@@ -241,8 +257,8 @@ class Engine:
                 self._committer.end_request(state, FinishReason.ERROR, as_request_error(error))
                 continue
             (leader,) = state.sequences
-            leader.grammar = future.result()
-            leader.plan.bitmask = np.zeros(-(-self.limits.vocab_size // 32), np.int32)
+            leader.grammar = future.result().new_state()
+            leader.plan.bitmask = np.zeros(self._grammars.num_words, np.int32)
 
     def _wait_for_grammar(self) -> None:
         pending = [state.grammar for state in self._compiling.values() if state.grammar]
@@ -250,8 +266,6 @@ class Engine:
 
     def _report(self, step: ScheduledStep, started: float) -> None:
         self.step_idx += 1
-        if not self.on_step:
-            return
         stats = StepStats(
             step=self.step_idx,
             started=started,
@@ -264,6 +278,7 @@ class Engine:
             kv_usage=1 - self.pool.num_free / self.pool.num_usable,
             token_budget=self.scheduler.token_budget,
         )
+        self.speed.note_step(stats)
         for hook in self.on_step:
             hook(stats)
 

@@ -166,7 +166,7 @@ class Runner:
         if not rows:
             return self._run_without_logits(chunks)
         self.buffers.output_rows[: len(rows)] = rows
-        logits = self.forward(self._batch(chunks, len(rows)))
+        logits = self.forward(self._batch_of(chunks, len(rows)))
         return Logits(_as_numpy(logits), tuple(range(len(rows))))
 
     @torch.inference_mode()
@@ -182,9 +182,27 @@ class Runner:
         for layer in self.layers if blocks else ():
             layer[torch.tensor(blocks, device=layer.device)] = 0
 
-    def _batch(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
+    @torch.inference_mode()
+    def run_probe(self, num_tokens: int) -> None:
+        """A forward of one prompt chunk, to be timed. Only while no sequence holds a block."""
+        buffers, size = self.buffers, self.block_size
+        at = self._offsets[:num_tokens]
+        buffers.tokens[:num_tokens] = 0
+        buffers.positions[:num_tokens] = at
+        buffers.slots[:num_tokens] = at + size  # block 1 and up
+        buffers.query_starts[:2] = (0, num_tokens)
+        buffers.context_lens[0] = num_tokens
+        buffers.output_rows[0] = num_tokens - 1
+        num_blocks = -(-num_tokens // size)
+        buffers.block_tables[0] = 0
+        buffers.block_tables[0, :num_blocks] = np.arange(1, num_blocks + 1)
+        _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, 1))))
+
+    def _batch_of(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
         num_tokens = int(self.buffers.query_starts[len(chunks)])
-        shape = BatchShape(num_tokens, len(chunks), num_rows)
+        return self._batch(BatchShape(num_tokens, len(chunks), num_rows))
+
+    def _batch(self, shape: BatchShape) -> Batch:
         self.buffers.upload()
         batch = self._batches.get(shape)
         if batch is None:
@@ -235,7 +253,7 @@ class Runner:
         the head, a fifth of a small model's weights, is not read for it.
         """
         self.buffers.output_rows[0] = 0
-        self.fill_cache(self._batch(chunks, 1))
+        self.fill_cache(self._batch_of(chunks, 1))
         return Logits(np.empty((0, 1), np.float32), ())
 
     def _run_with_prompt_logprobs(self, chunks: Sequence[Chunk]) -> Logits:
@@ -244,7 +262,7 @@ class Runner:
         asked = {i: rows for i, rows in enumerate(_token_rows(chunks)) if _asks(chunks[i])}
         wanted = sorted(set(last_rows).union(*asked.values()))
         self.buffers.output_rows[: len(wanted)] = wanted
-        hidden = self.decoder.hidden(self._batch(chunks, len(wanted)))
+        hidden = self.decoder.hidden(self._batch_of(chunks, len(wanted)))
         place = {row: i for i, row in enumerate(wanted)}
         entries: dict[int, list[TokenLogprob]] = {}
         for chunk_idx, rows in asked.items():

@@ -21,7 +21,7 @@ from sterna.engine.sampler import RowPlan
 from sterna.engine.stopping import StopChecker
 
 if TYPE_CHECKING:
-    from sterna.engine.structured import GrammarState
+    from sterna.engine.structured import CompiledGrammar, GrammarState
 
 
 class Status(Enum):
@@ -43,7 +43,7 @@ class RequestState:
     max_output: int  # tokens a sample may generate: max_tokens or what the context leaves
     rope_offset: int = 0  # added to every position: which LongRope table (0 for other models)
     sequences: list[Sequence] = field(default_factory=list)
-    grammar: Future[GrammarState] | None = None  # compiling; None once handed out
+    grammar: Future[CompiledGrammar] | None = None  # compiling; None once handed out
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     scheduled: float | None = None

@@ -1,0 +1,85 @@
+"""From a model's name to a running engine: load, pack, size the cache, measure the budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sterna.core.log import get_logger
+from sterna.core.machine import fingerprint, num_usable_cpus
+from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
+from sterna.engine.config import EngineConfig
+from sterna.engine.engine import Engine
+from sterna.engine.memory import engine_shape
+from sterna.engine.structured import GrammarCompiler
+from sterna.kernels.backend import backend_for
+from sterna.kernels.load import load_kernels
+from sterna.model.hub import resolve_model
+from sterna.model.load import load_model
+from sterna.text.tokenizer import load_tokenizer
+from sterna.version import __version__
+
+log = get_logger(__name__)
+
+
+def build_engine(model: str, config: EngineConfig) -> Engine:
+    """An engine for a folder, GGUF file, hub name, or "" for the default model.
+
+    Raises ModelError (not found, damaged, unsupported), ConfigError (settings that do not fit the
+    model or the memory), KernelError (a forced kernel level is not available).
+    """
+    path = resolve_model(model)
+    set_threads(config.threads)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    loaded = load_model(path, dtype=dtype, device=config.device)
+    tokenizer = load_tokenizer(path)
+    decoder = loaded.decoder
+    decoder.prepare_inference()
+    shape = engine_shape(decoder, config)
+    grammars = GrammarCompiler(tokenizer, shape.vocab_size)
+    engine = Engine(decoder, tokenizer, config, shape, grammars)
+    if config.token_budget is None:
+        tune_budget(engine, _curve_key(path, dtype, config))
+    return engine
+
+
+def set_threads(threads: int) -> None:
+    """Use `threads` CPU threads for kernels and PyTorch; 0 = all that this process may use."""
+    count = threads or num_usable_cpus()
+    torch.set_num_threads(count)
+    load_kernels()
+    set_kernel_threads = getattr(backend_for("cpu"), "set_threads", None)
+    if set_kernel_threads is not None:  # the reference back end has no threads of its own
+        set_kernel_threads(count)
+
+
+def tune_budget(engine: Engine, key: str) -> StepCurve:
+    """Set the engine's budget from measured step times, kept ones if there are any."""
+    curve = load_curve(key)
+    origin = "measured earlier"
+    if curve is None:
+        origin = "measured now"
+        longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
+        curve = measure_curve(engine.runner.run_probe, longest)
+        save_curve(key, curve)
+    budget = choose_budget(curve, engine.config.max_num_seqs)
+    engine.set_token_budget(budget)
+    engine.speed.prompt_speed = curve.best_speed
+    log.info("token budget %d (%s: %s)", budget, origin, curve.line())
+    return curve
+
+
+def _curve_key(path: Path, dtype: str, config: EngineConfig) -> str:
+    size = path.stat().st_size if path.is_file() else (path / "config.json").stat().st_size
+    facts = (
+        __version__,
+        fingerprint().line(),
+        f"{path.resolve()} {size}",
+        dtype,
+        config.device,
+        f"{config.threads or num_usable_cpus()} threads",
+        load_kernels().level,
+        f"capture={config.capture}",
+    )
+    return " | ".join(facts)
