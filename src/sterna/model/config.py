@@ -177,7 +177,9 @@ def _architecture(hf: Mapping[str, Any], source: str) -> str:
 
 
 def _renamed(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {_RENAMED.get(key, key): value for key, value in hf.items() if value is not None}
+    """Own words for the keys. An explicit null stays: it switches a family's default off."""
+    renamed = {_RENAMED[key]: hf[key] for key in _RENAMED if hf.get(key) is not None}
+    return {**hf, **renamed}
 
 
 def _kv_heads(reader: _Reader, num_heads: int) -> int:

@@ -23,7 +23,11 @@ _SIZES = (  # config.json key, GGUF key behind the architecture's prefix
     ("sliding_window", "attention.sliding_window"),
     ("final_logit_softcapping", "final_logit_softcapping"),
 )
-_TOKEN_IDS = ("bos_token_id", "eos_token_id")
+_TOKEN_IDS = (
+    ("bos_token_id", "bos_token_id"),
+    ("eos_token_id", "eos_token_id"),
+    ("pad_token_id", "padding_token_id"),
+)
 _GEMMA3_27B_LAYERS = 62  # the one Gemma 3 whose attention scale is not by head_dim
 
 
@@ -68,11 +72,13 @@ def config_from_gguf(file: GGUFFile) -> tuple[Family, dict[str, Any]]:
     hf["attention_bias"] = not family.has_qkv_bias and "blk.0.attn_q.bias" in file.tensors
     hf["architectures"] = [family.architecture]
     hf["model_type"] = family.model_type
-    for key in _TOKEN_IDS:
-        hf[key] = file.metadata.get(f"tokenizer.ggml.{key}")
     _add_rope(hf, meta)
     _add_family(hf, family, meta)
-    return family, {key: value for key, value in hf.items() if value is not None}
+    known = {key: value for key, value in hf.items() if value is not None}
+    # An absent id stays as null: transformers would put its class default there, which may lie
+    # outside this vocabulary.
+    tokens = {key: file.metadata.get(f"tokenizer.ggml.{name}") for key, name in _TOKEN_IDS}
+    return family, known | tokens
 
 
 def _scalar(key: str, value: Any, file: GGUFFile) -> Any:
