@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -12,31 +11,16 @@ from sterna.engine.request import EngineRequest, SamplingParams
 from sterna.engine.rng import mix
 from sterna.engine.sampler import RowPlan
 from sterna.engine.sequence import RequestState, Sequence
-from sterna.engine.stopping import StopChecker, TextDecoder
+from sterna.engine.stopping import StopChecker
 from sterna.engine.validate import Limits, check_params, check_prompt, max_output_tokens
-
-
-class EngineTokenizer(Protocol):
-    """What the engine needs of a tokenizer; see text/tokenizer.py."""
-
-    eos_token_ids: tuple[int, ...]
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
-        ...
-
-    def incremental(
-        self, skip_special_tokens: bool = True, *, keep_leading_space: bool = False
-    ) -> TextDecoder:
-        """A decoder of one sequence, token by token."""
-        ...
+from sterna.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
 class RequestFactory:
     """Builds request states and sequences. `eos_ids` are the tokenizer's and the model's."""
 
-    tokenizer: EngineTokenizer
+    tokenizer: Tokenizer
     limits: Limits
     eos_ids: frozenset[int]
     engine_seed: int

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from sterna.core.errors import EngineDownError, OverloadedError, ShuttingDownError, SternaError
 from sterna.core.log import get_logger
-from sterna.engine.admit import EngineTokenizer
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, RequestOutput, StepStats
 from sterna.engine.stream import Stream
 from sterna.engine.validate import Limits
+from sterna.text.tokenizer import Tokenizer
 
 log = get_logger(__name__)
 
@@ -83,7 +83,7 @@ class AsyncEngine:
         self._all_done.set()
 
     @property
-    def tokenizer(self) -> EngineTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self.engine.tokenizer
 

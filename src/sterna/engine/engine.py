@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 import numpy as np
 
 from sterna.core.errors import ConfigError, DeadlineError, RequestError
-from sterna.engine.admit import EngineTokenizer, RequestFactory
+from sterna.engine.admit import RequestFactory
 from sterna.engine.commit import Committer, Draw
 from sterna.engine.config import EngineConfig
 from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
@@ -31,6 +31,7 @@ from sterna.engine.stats import SpeedMeter
 from sterna.engine.structured import GrammarCompiler, check_spec
 from sterna.engine.tables import BlockTables
 from sterna.engine.validate import Limits
+from sterna.text.tokenizer import Tokenizer
 
 # Used when nothing was measured or configured (tests, tools).
 DEFAULT_BUDGET = 256
@@ -48,7 +49,7 @@ class Engine:
     def __init__(
         self,
         decoder: InferenceModel,
-        tokenizer: EngineTokenizer,
+        tokenizer: Tokenizer,
         config: EngineConfig,
         shape: EngineShape | None = None,
         grammars: GrammarCompiler | None = None,

@@ -11,23 +11,10 @@ are not sampled, and stop strings are not looked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from sterna.engine.request import FinishReason, SamplingParams
-
-
-class TextDecoder(Protocol):
-    """Tokenizer.incremental(): token ids in, text that cannot change any more out."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that became certain with `ids`."""
-        ...
-
-    def flush(self) -> str:
-        """The rest, incomplete UTF-8 replaced."""
-        ...
+from sterna.text.incremental import IncrementalDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +32,7 @@ class StopChecker:
     def __init__(
         self,
         params: SamplingParams,
-        decoder: TextDecoder,
+        decoder: IncrementalDecoder,
         eos_ids: frozenset[int],
         max_output: int,
     ) -> None:

@@ -1,0 +1,255 @@
+"""The engine without a server: `LLM(model).generate(prompts)` (FastGen's non-persistent mode).
+
+The same Engine as behind the server, stepped by the caller's thread. Prompts are strings or lists
+of token ids. All prompts of a call share its steps, so a list is much faster than a loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+from rich.console import Console
+
+from sterna.core.errors import ConfigError, RequestError, SternaError
+from sterna.engine.build import build_engine
+from sterna.engine.config import EngineConfig
+from sterna.engine.engine import Engine
+from sterna.engine.progress import StepProgress
+from sterna.engine.request import (
+    Delta,
+    EngineRequest,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
+from sterna.engine.stream import merge_outputs
+from sterna.text.chat import ChatRenderer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of a request's `n` completions."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt. `text`, `token_ids` are those of the first sample."""
+
+    prompt_token_ids: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    num_cached_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first sample."""
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the first sample."""
+        return self.samples[0].token_ids
+
+
+class LLM:
+    """A model for offline use. Not thread-safe; use as a context manager or call `close`.
+
+    `model`: a folder, a GGUF file, a hub name, or "" for the default model. Settings are those of
+    EngineConfig. Raises ModelError, ConfigError, KernelError.
+    """
+
+    def __init__(self, model: str = "", **settings: Any) -> None:
+        self._engine: Engine | None = build_engine(model, EngineConfig(**settings))
+        self._ids = itertools.count()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; ConfigError after `close`."""
+        if self._engine is None:
+            raise ConfigError("this LLM is closed; make a new one")
+        return self._engine
+
+    def close(self) -> None:
+        """Free the model and its KV cache."""
+        self._engine = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[Completion]:
+        """Complete each prompt; results are in the order of the prompts.
+
+        `params`: one for all, or one a prompt. `progress`: a bar on stderr; None shows one when
+        it is a terminal and the work takes over 2 s. Raises RequestError for a prompt or
+        parameter that cannot be served (then nothing runs), StepError when a forward failed.
+        """
+        each = _as_prompts(prompts)
+        requests = self._requests([self._encode(p) for p in each], params)
+        outputs = self._run(requests, progress)
+        return [_completion(request, outputs[request.request_id]) for request in requests]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        progress: bool | None = None,
+        **template_kwargs: Any,
+    ) -> list[Completion]:
+        """Answer one conversation or several. A message is {"role": ..., "content": ...}."""
+        rendered = [
+            self._renderer.render([dict(m) for m in chat], tools, **template_kwargs)
+            for chat in _as_chats(messages)
+        ]
+        prompts = [self.engine.tokenizer.encode(text, False) for text in rendered]
+        return self.generate(prompts, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Deltas of one prompt's completion as they come. Closing the iterator aborts it."""
+        (request,) = self._requests([self._encode(prompt)], params)
+        self.engine.add(request)
+        try:
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    for delta in output.deltas:
+                        if delta.error is not None:
+                            raise delta.error
+                        yield delta
+        finally:
+            self.engine.abort(request.request_id)
+
+    def score(self, prompt: Prompt, completion: Prompt) -> list[TokenLogprob]:
+        """Log-probability of each token of `completion` after `prompt`.
+
+        Strings are tokenised apart and joined, the completion without special tokens.
+        """
+        head = self._encode(prompt)
+        tail = self._encode(completion, special=False)
+        if not head or not tail:
+            raise RequestError("prompt and completion need at least one token each to be scored")
+        params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0)
+        (scored,) = self.generate([[*head, *tail]], params, progress=False)
+        assert scored.prompt_logprobs is not None, "asked for"
+        return [entry for entry in scored.prompt_logprobs[len(head) :] if entry is not None]
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self.engine.tokenizer)
+
+    def _encode(self, prompt: Prompt, special: bool = True) -> list[int]:
+        if isinstance(prompt, str):
+            return self.engine.tokenizer.encode(prompt, special)
+        return list(prompt)
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[EngineRequest]:
+        """One checked request a prompt."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts but {len(params)} params; give one, or one a prompt"
+            )
+        requests = [
+            EngineRequest(
+                request_id=f"llm-{next(self._ids)}", prompt_token_ids=tuple(prompt), params=each
+            )
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
+        for request in requests:
+            self.engine.check(request)
+        return requests
+
+    def _run(
+        self, requests: Sequence[EngineRequest], progress: bool | None
+    ) -> dict[str, list[RequestOutput]]:
+        """Step until all have finished. An interrupt aborts them all."""
+        found: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
+        console = Console(stderr=True)
+        is_shown = sys.stderr.isatty() if progress is None else progress
+        try:
+            for request in requests:
+                self.engine.add(request)
+            with closing(StepProgress(len(requests), console, is_shown)) as bar:
+                while self.engine.has_work:
+                    outputs = self.engine.step()
+                    for output in outputs:
+                        found[output.request_id].append(output)
+                    bar.update(outputs)
+        finally:
+            for request in requests:
+                self.engine.abort(request.request_id)
+        return found
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A string or a list of ids is one prompt."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _as_chats(messages: Messages | Sequence[Messages]) -> Sequence[Messages]:
+    """A list of messages is one conversation."""
+    if messages and isinstance(messages[0], Mapping):
+        return [cast("Messages", messages)]
+    return cast("Sequence[Messages]", messages)
+
+
+def _completion(request: EngineRequest, outputs: list[RequestOutput]) -> Completion:
+    merged = merge_outputs(outputs)
+    for delta in merged.deltas:
+        if delta.error is not None:
+            raise _with_context(delta.error, request)
+    by_index = sorted(merged.deltas, key=lambda delta: delta.index)
+    return Completion(
+        prompt_token_ids=request.prompt_token_ids,
+        samples=tuple(_sample(delta) for delta in by_index),
+        num_cached_tokens=merged.num_cached_tokens,
+        prompt_logprobs=merged.prompt_logprobs,
+    )
+
+
+def _sample(delta: Delta) -> Sample:
+    assert delta.finish_reason is not None, "a finished request has only finished samples"
+    return Sample(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=delta.finish_reason,
+        logprobs=delta.logprobs,
+        stop_reason=delta.stop_reason,
+    )
+
+
+def _with_context(error: SternaError, request: EngineRequest) -> SternaError:
+    error.add_note(f"prompt of {len(request.prompt_token_ids)} tokens")
+    return error
