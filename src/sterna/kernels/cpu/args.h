@@ -3,7 +3,6 @@
 // Legend: T tokens, R output rows, K in, N out, H query heads, G key/value heads, C head_dim.
 // Pointers are to contiguous row-major memory; dtype 0 = float32, 1 = bfloat16.
 #pragma once
-#include <atomic>
 #include <cstdint>
 
 namespace sterna {
@@ -14,12 +13,9 @@ struct Step {
   int32_t num_seqs;
 };
 
-// What a kernel knows of the thread that runs it.
+// What a kernel knows of the thread that runs it: memory of its own.
 struct Worker {
-  int tid;
-  int num_threads;
-  std::atomic<int>* next;  // shared counter of the call, for dynamic work
-  char* scratch;           // private to the thread
+  char* scratch;
 };
 constexpr int64_t SCRATCH_BYTES = 8 << 20;
 
@@ -100,16 +96,24 @@ inline int64_t kv_head_elems(int32_t block_size, int32_t head_dim) {
   return int64_t(block_size) * head_dim;
 }
 
-// One function a kernel; one table an instruction set.
+// A kernel is a number of units and a function that does one of them. Units are independent and
+// any thread may do any of them, so no thread waits for one that the system has put aside.
+template <class A>
+struct Kernel {
+  int (*units)(const A&, const Step&);
+  void (*run)(const A&, const Step&, const Worker&, int unit);
+};
+
+// One table an instruction set.
 struct KernelTable {
   const char* name;
-  void (*embed)(const EmbedArgs&, const Step&, const Worker&);
-  void (*norm)(const NormArgs&, const Step&, const Worker&);
-  void (*linear)(const LinearArgs&, const Step&, const Worker&);
-  void (*activate)(const ActivateArgs&, const Step&, const Worker&);
-  void (*select)(const SelectArgs&, const Step&, const Worker&);
-  void (*rope)(const RopeArgs&, const Step&, const Worker&);
-  void (*attention)(const AttentionArgs&, const Step&, const Worker&);
+  Kernel<EmbedArgs> embed;
+  Kernel<NormArgs> norm;
+  Kernel<LinearArgs> linear;
+  Kernel<ActivateArgs> activate;
+  Kernel<SelectArgs> select;
+  Kernel<RopeArgs> rope;
+  Kernel<AttentionArgs> attention;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

@@ -6,7 +6,7 @@
 // output never depends on chunking, on the batch or on which rows share a tile.
 // Rows of one tile = query tokens x query heads that share a key/value head: both products run
 // the micro-kernel of `linear` with keys (then values) as its B operand.
-#include "args.h"
+#include "kernels.h"
 #include "microkernel.h"
 
 namespace sterna {
@@ -222,42 +222,47 @@ void run_item(const AttentionArgs& a, const Item& it, const Worker& worker) {
   write_out(w);
 }
 
-// Finds item `index`; threads ask for growing indices, so the walk over sequences only goes on.
-struct Cursor {
+// How a step is cut into items: (sequence, query tile, key/value head), long tiles first.
+struct Cut {
   const AttentionArgs& a;
-  int heads_an_item, tokens_a_tile;
-  int seq = 0, base = 0;
-  int per_tile() const { return a.num_heads / heads_an_item; }
+  int heads, tokens_a_tile, per_tile;
+  explicit Cut(const AttentionArgs& args) : a(args) {
+    int group = a.num_heads / a.num_kv_heads;
+    heads = group > MAX_ROWS ? 1 : group;
+    tokens_a_tile = MAX_ROWS / heads;
+    per_tile = a.num_heads / heads;
+  }
   int tiles(int s) const {
     return (a.query_starts[s + 1] - a.query_starts[s] + tokens_a_tile - 1) / tokens_a_tile;
   }
-  bool find(int index, int num_seqs, Item* it) {
-    for (; seq < num_seqs && index >= base + tiles(seq) * per_tile(); ++seq)
-      base += tiles(seq) * per_tile();
-    if (seq >= num_seqs) return false;
-    int local = index - base, tile = tiles(seq) - 1 - local / per_tile();  // longest first
-    int head = local % per_tile() * heads_an_item, first = a.query_starts[seq] + tile * tokens_a_tile;
-    int left = a.query_starts[seq + 1] - first;
-    *it = {seq, first, left < tokens_a_tile ? left : tokens_a_tile,
-           head / (a.num_heads / a.num_kv_heads), head, heads_an_item};
-    return true;
+  int units(const Step& step) const {
+    if (step.num_rows[0] == step.num_seqs) return step.num_seqs * per_tile;  // decodes only
+    int total = 0;
+    for (int s = 0; s < step.num_seqs; ++s) total += tiles(s);
+    return total * per_tile;
+  }
+  Item item(const Step& step, int unit) const {
+    int local = unit / per_tile, seq = 0;
+    if (step.num_rows[0] == step.num_seqs) {
+      seq = local;
+      local = 0;
+    }
+    for (; local >= tiles(seq); ++seq) local -= tiles(seq);
+    int tile = tiles(seq) - 1 - local, first = a.query_starts[seq] + tile * tokens_a_tile;
+    int head = unit % per_tile * heads, left = a.query_starts[seq + 1] - first;
+    return {seq, first, left < tokens_a_tile ? left : tokens_a_tile,
+            head / (a.num_heads / a.num_kv_heads), head, heads};
   }
 };
 
-template <class T>
-void run(const AttentionArgs& a, const Step& step, const Worker& w) {
-  int group = a.num_heads / a.num_kv_heads;
-  int heads = group > MAX_ROWS ? 1 : group;
-  Cursor cursor{a, heads, MAX_ROWS / heads};
-  Item it;
-  while (cursor.find(w.next->fetch_add(1, std::memory_order_relaxed), step.num_seqs, &it))
-    run_item<T>(a, it, w);
-}
-
 }  // namespace
 
-void attention(const AttentionArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? run<bf16>(a, step, w) : run<float>(a, step, w);
+Kernel<AttentionArgs> attention_kernel() {
+  return {[](const AttentionArgs& a, const Step& step) { return Cut(a).units(step); },
+          [](const AttentionArgs& a, const Step& step, const Worker& w, int unit) {
+            Item it = Cut(a).item(step, unit);
+            a.dtype ? run_item<bf16>(a, it, w) : run_item<float>(a, it, w);
+          }};
 }
 
 }  // namespace STERNA_ISA

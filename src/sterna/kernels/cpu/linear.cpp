@@ -1,11 +1,11 @@
 // y = x W^T (+ bias) (+ residual), or act(gate) * up, for 1..many rows on packed or plain weights.
 //
-// Few rows (decode): bound by memory; each thread walks one contiguous range of panels, two panels
-// at a time so that enough independent sums hide the latency of the dot. Many rows: tiles of
-// MAX_MR rows against one panel that stays in the L1/L2 cache; work is handed out dynamically.
+// Few rows (decode): bound by memory; two panels at a time, so that enough independent sums hide
+// the latency of the dot. Many rows: tiles of MAX_MR rows against one panel that stays in the
+// L1/L2 cache.
 // Road not taken: lanes along K with a horizontal sum at the end. It reads plain [N, K] weights
 // directly, but 512 rows then need another order than 1 row, or lose half the speed.
-#include "args.h"
+#include "kernels.h"
 #include "microkernel.h"
 
 namespace sterna {
@@ -25,7 +25,6 @@ template <class T>
 struct Job {
   const LinearArgs& a;
   const Worker& w;
-  int rows;
   int steps() const { return (a.in_features + Elem<T>::P - 1) / Elem<T>::P; }
   int64_t panel_elems() const { return int64_t(steps()) * PANEL * Elem<T>::P; }
   int num_panels() const { return (a.out_features + PANEL - 1) / PANEL; }
@@ -129,52 +128,46 @@ void tiles(const Job<T>& job, int row, int end, int col0, const T* const (&b)[NP
   }
 }
 
+// How a call is cut. Few rows: units are single panels or pairs, in the order of memory. Many
+// rows: panel by panel within a block of rows.
+struct Cut {
+  int rows, panels, panels_a_unit, blocks;
+  Cut(const LinearArgs& a, const Step& step) {
+    rows = step.num_rows[a.rows_kind];
+    panels = (a.out_features + PANEL - 1) / PANEL;
+    panels_a_unit = !a.gate && rows <= FEW_MR ? 2 : 1;
+    blocks = rows <= FEW_ROWS ? 1 : (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  }
+  int units_a_block() const { return (panels + panels_a_unit - 1) / panels_a_unit; }
+  int units() const { return rows ? units_a_block() * blocks : 0; }
+};
+
 template <class T>
-void one_unit(const Job<T>& job, int unit, int row, int end) {
-  const T* first = panel(job, unit, false, 0);
-  if (job.a.gate) {
-    const T* const both[2] = {first, panel(job, unit, true, 1)};
-    return tiles<T, 2, FEW_MR>(job, row, end, unit * PANEL, both);
+void run_unit(const LinearArgs& a, const Cut& cut, const Worker& w, int unit) {
+  Job<T> job{a, w};
+  int per_block = (cut.rows + cut.blocks - 1) / cut.blocks;
+  int row = unit / cut.units_a_block() * per_block, end = row + per_block;
+  if (end > cut.rows) end = cut.rows;
+  int index = unit % cut.units_a_block() * cut.panels_a_unit, col = index * PANEL;
+  const T* first = panel(job, index, false, 0);
+  bool has_second = a.gate || (cut.panels_a_unit == 2 && index + 1 < cut.panels);
+  if (has_second) {
+    const T* second = a.gate ? panel(job, index, true, 1) : panel(job, index + 1, false, 1);
+    const T* const both[2] = {first, second};
+    return tiles<T, 2, FEW_MR>(job, row, end, col, both);
   }
   const T* const only[1] = {first};
-  tiles<T, 1, MAX_MR>(job, row, end, unit * PANEL, only);
-}
-
-// Decode: a contiguous range of panels for each thread, so that memory is read in long streams.
-template <class T>
-void few_rows(const Job<T>& job) {
-  int64_t total = job.num_panels(), tid = job.w.tid, threads = job.w.num_threads;
-  int unit = total * tid / threads, end = total * (tid + 1) / threads;
-  bool paired = !job.a.gate && job.rows <= FEW_MR;
-  for (; paired && unit + 1 < end; unit += 2) {
-    const T* const both[2] = {panel(job, unit, false, 0), panel(job, unit + 1, false, 1)};
-    tiles<T, 2, FEW_MR>(job, 0, job.rows, unit * PANEL, both);
-  }
-  for (; unit < end; ++unit) one_unit(job, unit, 0, job.rows);
-}
-
-template <class T>
-void many_rows(const Job<T>& job) {
-  int units = job.num_panels(), blocks = (job.rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  int per_block = (job.rows + blocks - 1) / blocks;
-  for (int i; (i = job.w.next->fetch_add(1, std::memory_order_relaxed)) < units * blocks;) {
-    int row = i / units * per_block, end = row + per_block;
-    one_unit(job, i % units, row, end < job.rows ? end : job.rows);
-  }
-}
-
-template <class T>
-void run(const LinearArgs& a, const Step& step, const Worker& w) {
-  Job<T> job{a, w, step.num_rows[a.rows_kind]};
-  if (job.rows == 0) return;
-  if (job.rows <= FEW_ROWS) return few_rows(job);
-  many_rows(job);
+  tiles<T, 1, MAX_MR>(job, row, end, col, only);
 }
 
 }  // namespace
 
-void linear(const LinearArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? run<bf16>(a, step, w) : run<float>(a, step, w);
+Kernel<LinearArgs> linear_kernel() {
+  return {[](const LinearArgs& a, const Step& step) { return Cut(a, step).units(); },
+          [](const LinearArgs& a, const Step& step, const Worker& w, int unit) {
+            Cut cut(a, step);
+            a.dtype ? run_unit<bf16>(a, cut, w, unit) : run_unit<float>(a, cut, w, unit);
+          }};
 }
 
 }  // namespace STERNA_ISA

@@ -37,11 +37,9 @@ class Kernels {
   void submit(Tape* tape, const Args& args, int tokens, int rows, int seqs) {
     if (tape) return tape->add(args);
     nb::gil_scoped_release release;
-    std::atomic<int> next{0};
-    Step step{{tokens, rows}, seqs};
-    pool_.run([&](int tid) {
-      call(*table_, args, step, Worker{tid, pool_.size(), &next, pool_.scratch(tid)});
-    });
+    Tape one;
+    one.add(args);
+    one.run(pool_, *table_, Step{{tokens, rows}, seqs});
   }
   void replay(Tape& tape, int tokens, int rows, int seqs) {
     nb::gil_scoped_release release;
@@ -49,12 +47,17 @@ class Kernels {
   }
   std::vector<double> profile(Tape& tape, int tokens, int rows, int seqs) {
     nb::gil_scoped_release release;
-    return tape.profile(pool_, *table_, Step{{tokens, rows}, seqs});
+    std::vector<double> seconds;
+    tape.run(pool_, *table_, Step{{tokens, rows}, seqs}, &seconds);
+    return seconds;
   }
   void sample(const SampleArgs& args, int rows) {
     nb::gil_scoped_release release;
-    std::atomic<int> next{0};
-    pool_.run([&](int) { sample_rows(args, rows, next); });
+    Job job;
+    job.num_stages = 1;
+    job.units = [&](int) { return rows; };
+    job.run = [&](int, int row, const Worker&) { sample_row(args, row); };
+    pool_.run(job);
   }
 
  private:

@@ -1,5 +1,5 @@
 // Head norms, rotary embedding and the write of new keys and values into the paged cache.
-#include "args.h"
+#include "kernels.h"
 #include "microkernel.h"
 
 namespace sterna {
@@ -7,6 +7,7 @@ namespace STERNA_ISA {
 namespace {
 
 constexpr int MAX_HEAD_DIM = 1024;
+constexpr int UNIT_TOKENS = 8;
 
 template <class T>
 void load_head(const T* x, int n, float* out) {
@@ -101,18 +102,21 @@ void rope_token(const RopeArgs& a, int t, int num_tokens) {
 }
 
 template <class T>
-void rope_t(const RopeArgs& a, const Step& step, const Worker& w) {
-  int tokens = step.num_rows[0];
-  int threads = tokens < w.num_threads ? tokens : w.num_threads;
-  if (w.tid >= threads) return;
-  int end = int64_t(tokens) * (w.tid + 1) / threads;
-  for (int t = int64_t(tokens) * w.tid / threads; t < end; ++t) rope_token<T>(a, t, tokens);
+void rope_t(const RopeArgs& a, int tokens, int unit) {
+  int end = (unit + 1) * UNIT_TOKENS;
+  for (int t = unit * UNIT_TOKENS; t < end && t < tokens; ++t) rope_token<T>(a, t, tokens);
 }
 
 }  // namespace
 
-void rope(const RopeArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? rope_t<bf16>(a, step, w) : rope_t<float>(a, step, w);
+Kernel<RopeArgs> rope_kernel() {
+  return {[](const RopeArgs&, const Step& step) {
+            return (step.num_rows[0] + UNIT_TOKENS - 1) / UNIT_TOKENS;
+          },
+          [](const RopeArgs& a, const Step& step, const Worker&, int unit) {
+            int tokens = step.num_rows[0];
+            a.dtype ? rope_t<bf16>(a, tokens, unit) : rope_t<float>(a, tokens, unit);
+          }};
 }
 
 }  // namespace STERNA_ISA

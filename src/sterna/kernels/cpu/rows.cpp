@@ -1,22 +1,23 @@
 // Ops that work on one row at a time: embedding, norms, activations, row selection.
-#include "args.h"
+#include "kernels.h"
 #include "microkernel.h"
 
 namespace sterna {
 namespace STERNA_ISA {
 namespace {
 
-// Rows are split evenly; below this many elements a second thread costs more than it brings.
-constexpr int64_t MIN_ELEMS_A_THREAD = 4096;
+// Elements of a unit: small enough to share out, large enough to hide taking one (about 20 ns).
+constexpr int64_t UNIT_ELEMS = 8192;
+
+int rows_a_unit(int width) { return int(UNIT_ELEMS / width > 1 ? UNIT_ELEMS / width : 1); }
+int num_units(int rows, int width) { return (rows + rows_a_unit(width) - 1) / rows_a_unit(width); }
 
 struct Range {
   int begin, end;
 };
-Range split(int rows, int64_t width, const Worker& w) {
-  int64_t useful = rows * width / MIN_ELEMS_A_THREAD;
-  int threads = useful < 1 ? 1 : useful < w.num_threads ? int(useful) : w.num_threads;
-  if (w.tid >= threads) return {0, 0};
-  return {int(int64_t(rows) * w.tid / threads), int(int64_t(rows) * (w.tid + 1) / threads)};
+Range rows_of(int unit, int rows, int width) {
+  int begin = unit * rows_a_unit(width), end = begin + rows_a_unit(width);
+  return {begin, end < rows ? end : rows};
 }
 
 template <class T>
@@ -40,8 +41,7 @@ void embed_row(const EmbedArgs& a, int token, T* out) {
 }
 
 template <class T>
-void embed_t(const EmbedArgs& a, const Step& step, const Worker& w) {
-  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+void embed_t(const EmbedArgs& a, Range r) {
   for (int i = r.begin; i < r.end; ++i)
     embed_row<T>(a, a.tokens[i], static_cast<T*>(a.out) + int64_t(i) * a.hidden);
 }
@@ -88,8 +88,7 @@ void layer_row(const NormArgs& a, const T* x, T* out) {
 }
 
 template <class T>
-void norm_t(const NormArgs& a, const Step& step, const Worker& w) {
-  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+void norm_t(const NormArgs& a, Range r) {
   for (int i = r.begin; i < r.end; ++i) {
     const T* x = static_cast<const T*>(a.x) + int64_t(i) * a.hidden;
     T* out = static_cast<T*>(a.out) + int64_t(i) * a.hidden;
@@ -125,8 +124,7 @@ void activate_row(const ActivateArgs& a, const T* x, const T* y, T* out) {
 }
 
 template <class T>
-void activate_t(const ActivateArgs& a, const Step& step, const Worker& w) {
-  Range r = split(step.num_rows[a.rows_kind], a.hidden, w);
+void activate_t(const ActivateArgs& a, Range r) {
   for (int i = r.begin; i < r.end; ++i) {
     int64_t at = int64_t(i) * a.hidden;
     const T* y = a.y ? static_cast<const T*>(a.y) + at : nullptr;
@@ -134,26 +132,53 @@ void activate_t(const ActivateArgs& a, const Step& step, const Worker& w) {
   }
 }
 
-}  // namespace
-
-void embed(const EmbedArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? embed_t<bf16>(a, step, w) : embed_t<float>(a, step, w);
-}
-
-void norm(const NormArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? norm_t<bf16>(a, step, w) : norm_t<float>(a, step, w);
-}
-
-void activate(const ActivateArgs& a, const Step& step, const Worker& w) {
-  a.dtype ? activate_t<bf16>(a, step, w) : activate_t<float>(a, step, w);
-}
-
-void select(const SelectArgs& a, const Step& step, const Worker& w) {
-  Range r = split(step.num_rows[1], a.hidden, w);
+void select_rows(const SelectArgs& a, Range r) {
   int64_t bytes = int64_t(a.hidden) * (a.dtype ? 2 : 4);
   for (int i = r.begin; i < r.end; ++i)
     std::memcpy(static_cast<char*>(a.out) + i * bytes,
                 static_cast<const char*>(a.x) + a.rows[i] * bytes, bytes);
+}
+
+}  // namespace
+
+Kernel<EmbedArgs> embed_kernel() {
+  return {[](const EmbedArgs& a, const Step& step) {
+            return num_units(step.num_rows[a.rows_kind], a.hidden);
+          },
+          [](const EmbedArgs& a, const Step& step, const Worker&, int unit) {
+            Range r = rows_of(unit, step.num_rows[a.rows_kind], a.hidden);
+            a.dtype ? embed_t<bf16>(a, r) : embed_t<float>(a, r);
+          }};
+}
+
+Kernel<NormArgs> norm_kernel() {
+  return {[](const NormArgs& a, const Step& step) {
+            return num_units(step.num_rows[a.rows_kind], a.hidden);
+          },
+          [](const NormArgs& a, const Step& step, const Worker&, int unit) {
+            Range r = rows_of(unit, step.num_rows[a.rows_kind], a.hidden);
+            a.dtype ? norm_t<bf16>(a, r) : norm_t<float>(a, r);
+          }};
+}
+
+Kernel<ActivateArgs> activate_kernel() {
+  return {[](const ActivateArgs& a, const Step& step) {
+            return num_units(step.num_rows[a.rows_kind], a.hidden);
+          },
+          [](const ActivateArgs& a, const Step& step, const Worker&, int unit) {
+            Range r = rows_of(unit, step.num_rows[a.rows_kind], a.hidden);
+            a.dtype ? activate_t<bf16>(a, r) : activate_t<float>(a, r);
+          }};
+}
+
+Kernel<SelectArgs> select_kernel() {
+  return {[](const SelectArgs& a, const Step& step) {
+            return num_units(step.num_rows[1], a.hidden);
+          },
+          [](const SelectArgs& a, const Step& step, const Worker&, int unit) {
+            Range r = rows_of(unit, step.num_rows[1], a.hidden);
+            select_rows(a, r);
+          }};
 }
 
 }  // namespace STERNA_ISA

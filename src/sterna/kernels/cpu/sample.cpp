@@ -50,15 +50,13 @@ float log_sum_exp(const float* x, int n, float best) {
 
 }  // namespace
 
-void sample_rows(const SampleArgs& a, int rows, std::atomic<int>& next) {
-  for (int r; (r = next.fetch_add(1, std::memory_order_relaxed)) < rows;) {
-    const float* x = a.logits + int64_t(r) * a.vocab;
-    float best;
-    int has_nan;
-    argmax(x, a.vocab, &a.ids[r], &best, &has_nan);
-    a.flags[r] = has_nan || !std::isfinite(best);
-    if (a.logprobs) a.logprobs[r] = a.flags[r] ? NAN : best - log_sum_exp(x, a.vocab, best);
-  }
+void sample_row(const SampleArgs& a, int r) {
+  const float* x = a.logits + int64_t(r) * a.vocab;
+  float best;
+  int has_nan;
+  argmax(x, a.vocab, &a.ids[r], &best, &has_nan);
+  a.flags[r] = has_nan || !std::isfinite(best);
+  if (a.logprobs) a.logprobs[r] = a.flags[r] ? NAN : best - log_sum_exp(x, a.vocab, best);
 }
 
 }  // namespace sterna

@@ -1,6 +1,5 @@
 // The greedy sampler: most probable token and its log-probability, one pass over the logits.
 #pragma once
-#include <atomic>
 #include <cstdint>
 
 namespace sterna {
@@ -13,6 +12,6 @@ struct SampleArgs {
   int32_t vocab;
 };
 
-void sample_rows(const SampleArgs& args, int rows, std::atomic<int>& next);
+void sample_row(const SampleArgs& args, int row);
 
 }  // namespace sterna

@@ -1,0 +1,17 @@
+// The kernels of one instruction set.
+#pragma once
+#include "args.h"
+
+namespace sterna {
+namespace STERNA_ISA {
+
+Kernel<EmbedArgs> embed_kernel();
+Kernel<NormArgs> norm_kernel();
+Kernel<LinearArgs> linear_kernel();
+Kernel<ActivateArgs> activate_kernel();
+Kernel<SelectArgs> select_kernel();
+Kernel<RopeArgs> rope_kernel();
+Kernel<AttentionArgs> attention_kernel();
+
+}  // namespace STERNA_ISA
+}  // namespace sterna
