@@ -43,7 +43,11 @@ class Tokenizer:
         `add_special_tokens` adds what the model puts around every text (BOS, for example); a
         rendered chat contains it already. Raises RequestError for text that is not Unicode.
         """
-        return self.encode_batch([text], add_special_tokens)[0]
+        try:
+            # Not a batch of one: that would wake the thread pool of `tokenizers` for every request.
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _not_unicode() from error
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
@@ -54,9 +58,7 @@ class Tokenizer:
                 list(texts), add_special_tokens=add_special_tokens
             )
         except (TypeError, UnicodeEncodeError) as error:
-            raise RequestError(
-                "the text holds lone surrogates (half of a UTF-16 pair); send valid Unicode"
-            ) from error
+            raise _not_unicode() from error
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -103,6 +105,12 @@ class Tokenizer:
         if token is None:
             return b""
         return self._scheme.to_bytes(token) if self._scheme else token.encode()
+
+
+def _not_unicode() -> RequestError:
+    return RequestError(
+        "the text holds lone surrogates (half of a UTF-16 pair); send valid Unicode"
+    )
 
 
 class _Pieces(dict[int, bytes]):

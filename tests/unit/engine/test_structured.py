@@ -138,6 +138,7 @@ def test_validate_prefix_changes_nothing(compiler, tokenizer):
     assert state.validate_prefix([a, a, b, a]) == 2
     assert state.validate_prefix([]) == 0
     assert state.validate_prefix([b]) == 0
+    assert state.validate_prefix([a, *tokenizer.eos_token_ids, a]) == 2
     assert state.accept(a)
 
 

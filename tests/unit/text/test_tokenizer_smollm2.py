@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from sterna.core.errors import RequestError
 from sterna.core.gguf import read_gguf
 from sterna.text.tokenizer import load_tokenizer
 
@@ -117,6 +118,12 @@ def test_json_round_trip(tokenizer):
 def test_batch_equals_one_by_one(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.encode_batch([]) == []
+
+
+def test_lone_surrogates_are_refused(tokenizer):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(RequestError, match="lone surrogates"):
+            encode("a\ud800")
 
 
 def test_threads_share_one_tokenizer():
