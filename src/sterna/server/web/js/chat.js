@@ -226,11 +226,13 @@ export class Chat {
               },
         ),
     );
+    const hadFocus = byId("thread").contains(document.activeElement);
     byId("thread").replaceChildren(...items.map((item) => item.element));
     byId("hero").hidden = items.length > 0;
     byId("clear").classList.toggle("away", items.length === 0);
     this.#showContext();
     this.#scroller.toEnd();
+    if (hadFocus) this.#composer.focusGently(); // the focused button is gone
     return items.at(-1);
   }
 

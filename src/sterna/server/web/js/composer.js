@@ -4,7 +4,7 @@
 import { byId, setIcon } from "./dom.js";
 
 // On touch keyboards Enter has to break the line: there is no Shift+Enter.
-const hasKeyboard = () => matchMedia("(pointer: fine)").matches;
+const hasKeyboard = () => !matchMedia("(pointer: coarse)").matches;
 
 export class Composer {
   #input = byId("prompt");

@@ -8,6 +8,7 @@ const INLINE = new RegExp(
   [
     /(?<ticks>`+)(?<code>[^]+?)(?<!`)\k<ticks>(?!`)/,
     /\\(?<escaped>[!-/:-@[-`{-~])/,
+    /\*\*\*(?<both>[^\s*](?:[^*]*[^\s*])?)\*\*\*/,
     /\*\*(?<bold>\S(?:[^]*?\S)?)\*\*(?!\*)/,
     /(?<!\w)__(?<bold2>\S(?:[^]*?\S)?)__(?!\w)/,
     /~~(?<strike>\S(?:[^]*?\S)?)~~/,
@@ -44,6 +45,7 @@ function node({ groups: g, 0: raw }, depth) {
   const inner = (text) => inline(text, depth + 1);
   if (g.code !== undefined) return h("code", {}, g.code.replace(/^ (.*\S.*) $/s, "$1"));
   if (g.escaped !== undefined) return g.escaped;
+  if (g.both) return h("em", {}, h("strong", {}, ...inner(g.both)));
   if (g.bold ?? g.bold2) return h("strong", {}, ...inner(g.bold ?? g.bold2));
   if (g.strike) return h("del", {}, ...inner(g.strike));
   if (g.em ?? g.em2) return h("em", {}, ...inner(g.em ?? g.em2));
