@@ -18,7 +18,7 @@ from sterna.engine.config import EngineConfig
 def test_help_loads_no_torch_and_is_fast():
     code = (
         "import sys; from sterna.cli.main import run; run(['--help']);"
-        "heavy = {'torch', 'fastapi', 'numpy', 'matplotlib', 'httpx', 'pydantic'} & set(sys.modules);"
+        "heavy = {'torch', 'fastapi', 'numpy', 'httpx', 'pydantic'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     times = []

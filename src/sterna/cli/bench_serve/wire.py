@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 
@@ -47,8 +48,8 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: connected."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # A stream transport by contract; uvloop's is none by inheritance.
+        self._transport = cast(asyncio.Transport, transport)
         self.is_usable = True
 
     def connection_lost(self, exc: Exception | None) -> None:
