@@ -14,6 +14,7 @@ from sterna.core.errors import KernelError
 from sterna.core.log import get_logger
 from sterna.kernels.backend import backend_for
 from sterna.model.batch import Batch
+from sterna.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from sterna.engine.runner import InferenceModel
@@ -53,7 +54,7 @@ class CapturedForward:
 
 def capture(model: InferenceModel, widest: Batch) -> CapturedForward | None:
     """Record the forward, or say why steps are interpreted."""
-    if widest.tokens.device.type != "cpu":
+    if widest.tokens.device.type != "cpu" or not isinstance(model, Decoder):
         return None
     try:
         return CapturedForward(model, widest)

@@ -73,6 +73,7 @@ class Engine:
             max_seqs=config.max_num_seqs,
             max_blocks=max_blocks,
             device=config.device,
+            replay=config.capture,
         )
         # Each hook is called with every finished step's statistics.
         self.on_step: list[Callable[[StepStats], None]] = []

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sterna.engine.memory import SizedModel
+from sterna.engine.capture import capture
 from sterna.engine.request import TokenLogprob
 from sterna.engine.sampler import token_logprob
 from sterna.engine.scheduler import Chunk
@@ -137,6 +138,7 @@ class Runner:
         max_seqs: int,
         max_blocks: int,
         device: str = "cpu",
+        replay: bool = False,
     ) -> None:
         self.decoder = decoder
         self.block_size = block_size
@@ -144,6 +146,10 @@ class Runner:
         self.buffers = InputBuffers(max_tokens, max_seqs, max_blocks, device)
         self._batches: dict[BatchShape, Batch] = {}
         self._offsets = np.arange(max_tokens, dtype=np.int32)
+        widest = self.buffers.batch(
+            BatchShape(max_tokens, max_seqs, max_seqs), self.layers, block_size
+        )
+        self.captured = capture(decoder, widest) if replay else None
 
     def forward(self, batch: Batch) -> Tensor:
         """Float32 logits [R, V] of the output rows. The one place where the model is called."""
@@ -163,10 +169,14 @@ class Runner:
         if any(wants_prompt_logprobs(chunk) for chunk in chunks):
             return self._run_with_prompt_logprobs(chunks)
         rows = self._fill(chunks)
-        if not rows:
-            return self._run_without_logits(chunks)
         self.buffers.output_rows[: len(rows)] = rows
-        logits = self.forward(self._batch_of(chunks, len(rows)))
+        if self.captured is not None:
+            num_tokens = int(self.buffers.query_starts[len(chunks)])
+            logits = self.captured(num_tokens, len(rows), len(chunks))
+        elif rows:
+            logits = self.forward(self._batch_of(chunks, len(rows)))
+        else:
+            return self._run_without_logits(chunks)
         return Logits(_as_numpy(logits), tuple(range(len(rows))))
 
     @torch.inference_mode()
@@ -196,7 +206,10 @@ class Runner:
         num_blocks = -(-num_tokens // size)
         buffers.block_tables[0] = 0
         buffers.block_tables[0, :num_blocks] = np.arange(1, num_blocks + 1)
-        _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, 1))))
+        if self.captured is not None:
+            self.captured(num_tokens, 1, 1)
+        else:
+            _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, 1))))
 
     def _batch_of(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
         num_tokens = int(self.buffers.query_starts[len(chunks)])

@@ -86,6 +86,7 @@ class StepTape(Generic[B]):
         sink = RecordingSink(backend.kernels, self._tape, kinds)
         with torch.inference_mode(), backend.sending_to(sink):
             self.output = forward(batch)
+        sink.kind(self.output)  # refuses a result that no recorded op has written
         self._buffers = sink.buffers
         self._sink = sink
 
