@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sterna.engine.memory import SizedModel
 from sterna.engine.capture import capture
+from sterna.engine.memory import SizedModel
 from sterna.engine.request import TokenLogprob
 from sterna.engine.sampler import token_logprob
 from sterna.engine.scheduler import Chunk
