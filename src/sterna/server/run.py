@@ -104,6 +104,9 @@ def _bind_error(config: ServerConfig, error: OSError) -> ConfigError | PortInUse
 
 
 def _load(config: ServerConfig) -> AsyncEngine:
+    from sterna.model.hub import resolve_model
+
+    resolve_model(config.model)  # a wrong name is told before the seconds that torch's import takes
     from sterna.engine.aio import AsyncEngine
     from sterna.engine.build import build_engine
 
