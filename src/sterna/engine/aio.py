@@ -16,7 +16,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from sterna.core.errors import EngineDownError, OverloadedError, ShuttingDownError, SternaError
+from sterna.core.errors import (
+    EngineDownError,
+    OverloadedError,
+    RequestError,
+    ShuttingDownError,
+    SternaError,
+)
 from sterna.core.log import get_logger
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, RequestOutput, StepStats
@@ -114,7 +120,8 @@ class AsyncEngine:
                 if output.is_finished:
                     return
         finally:
-            self._forget(request.request_id, stream)
+            if not stream.is_finished:
+                self._commands.put(_Abort(request.request_id))
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output. Nothing happens if it has ended."""
@@ -212,7 +219,9 @@ class AsyncEngine:
         if self._loop is None:
             raise ShuttingDownError("the engine has not been started; await start() first")
         if request.request_id in self._streams:
-            raise SternaError(f"request id {request.request_id!r} is in use; choose another")
+            raise RequestError(
+                f"request id {request.request_id!r} is in use; choose another", param="request_id"
+            )
         stream = self._streams[request.request_id] = Stream()
         self._all_done.clear()
         if not self._has_work:
@@ -222,12 +231,8 @@ class AsyncEngine:
         self._commands.put(_Add(request))
         return stream
 
-    def _forget(self, request_id: str, stream: Stream) -> None:
-        if not stream.is_finished:
-            self._commands.put(_Abort(request_id))
-        self._drop(request_id)
-
     def _drop(self, request_id: str) -> None:
+        """The engine has answered. Not before: a late output must not meet a new namesake."""
         self._streams.pop(request_id, None)
         if not self._streams:
             self._all_done.set()
@@ -237,6 +242,8 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
+            if output.is_finished:
+                self._drop(output.request_id)
         for subscriber in self._subscribers:
             for step in stats:
                 if subscriber.full():
@@ -247,11 +254,11 @@ class AsyncEngine:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.fail(error)
+        self._drop(request_id)
 
     def _fail_all(self) -> None:
-        for stream in self._streams.values():
-            if not stream.is_finished:
-                stream.fail(self._down_error())
+        for request_id in list(self._streams):
+            self._fail_stream(request_id, self._down_error())
 
     def _down_error(self) -> EngineDownError:
         return EngineDownError(f"the engine has stopped: {self._failure!r}; restart the server")

@@ -1,0 +1,103 @@
+"""The measured budget and the predicted wait."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from sterna.core.errors import ConfigError
+from sterna.engine.budget import (
+    LIMIT_S,
+    StepCurve,
+    StepTime,
+    choose_budget,
+    load_curve,
+    measure_curve,
+    save_curve,
+)
+from sterna.engine.request import StepStats
+from sterna.engine.stats import SpeedMeter
+
+
+def curve(times):
+    return StepCurve(tuple(StepTime(size, seconds) for size, seconds in times.items()))
+
+
+def test_the_knee_is_the_smallest_size_near_the_best():
+    # tokens/s: 3200, 5333, 6244, 6400, 6400
+    measured = curve({32: 0.01, 64: 0.012, 128: 0.0205, 256: 0.04, 512: 0.08})
+    assert measured.knee() == 128
+    assert choose_budget(measured, 64) == 128
+    assert choose_budget(measured, 120) == 160  # a full batch of decodes leaves a quarter
+
+
+def test_measuring_stops_at_its_time_limit_and_at_the_peak():
+    calls = []
+
+    def slow(size):
+        calls.append(size)
+        time.sleep(size / 1000)
+
+    start = time.monotonic()
+    measure_curve(slow, 1024)
+    assert time.monotonic() - start < 2 * LIMIT_S
+    calls.clear()
+
+    def flat(size):
+        calls.append(size)
+        time.sleep(1e-5 * size)
+
+    measured = measure_curve(flat, 100)
+    assert max(calls) == 64
+    assert [point.num_tokens for point in measured.points] == [32, 64]
+
+
+def test_a_kept_curve_is_found_again_and_a_damaged_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("STERNA_HOME", str(tmp_path))
+    assert load_curve("a") is None
+    save_curve("a", curve({32: 0.5}))
+    assert load_curve("a") == curve({32: 0.5})
+    assert load_curve("b") is None
+    (path,) = (tmp_path / "budget").iterdir()
+    for damage in ("{", "[]", json.dumps({"points": [{"num_tokens": 0, "seconds": 1}]})):
+        path.write_text(damage)
+        assert load_curve("a") is None
+
+
+def test_the_budget_is_bounded_by_the_buffers(harness):
+    engine = harness().engine
+    engine.set_token_budget(500)
+    assert engine.scheduler.token_budget == 500
+    with pytest.raises(ConfigError, match="allowed is 1 to 1024"):
+        engine.set_token_budget(1025)
+
+
+def step(duration, prompt, decode=0):
+    return StepStats(
+        step=1,
+        started=0.0,
+        duration=duration,
+        num_decode_tokens=decode,
+        num_prompt_tokens=prompt,
+        num_running=1,
+        num_waiting=0,
+        num_preempted=0,
+        kv_usage=0.0,
+        token_budget=64,
+    )
+
+
+def test_predicted_wait_follows_the_measured_speed():
+    meter = SpeedMeter(1000.0)
+    assert meter.predict_wait_s(1, 2000, True) == pytest.approx(2.0)
+    for _ in range(200):
+        meter.note_step(step(0.1, 50))
+    assert meter.predict_wait_s(1, 2000, True) == pytest.approx(4.0, rel=0.01)
+    for _ in range(1000):
+        meter.note_step(step(0.1, 0, 8))
+        meter.note_finished(1)
+    # ten requests end a second: 30 waiting for a place take 3 s, whatever their prompts
+    assert meter.predict_wait_s(30, 10, False) == pytest.approx(3.0, rel=0.1)
+    assert meter.predict_wait_s(30, 10, True) == pytest.approx(0.1)
