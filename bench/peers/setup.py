@@ -65,6 +65,8 @@ def setup_transformers(jobs: int) -> None:
 def setup_openvino(jobs: int) -> None:
     """OpenVINO GenAI and, for the conversion alone, optimum-intel and nncf."""
     pip("openvino", *OPENVINO)
+    # Comes along built for another torch, and then transformers does not import.
+    run([python_of("openvino"), "-m", "pip", "uninstall", "-q", "-y", "torchvision"])
 
 
 def setup_vllm(jobs: int) -> None:
