@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
@@ -44,8 +45,11 @@ class Generation:
             async with aclosing(merged):
                 async for prompt_idx, output in merged:
                     self._meters[prompt_idx].note(output)
-                    self._check(output.deltas)
-                    yield prompt_idx, output
+                    failure = self._failure(output.deltas)
+                    # What was said before the failure may come in the same output as the failure.
+                    yield prompt_idx, output if failure is None else _unfinished(output)
+                    if failure is not None:
+                        raise failure
         finally:
             self.abort()
             self._finish()
@@ -89,14 +93,15 @@ class Generation:
             e2e_s=round(max(ends), 6) if ends else None,
         )
 
-    def _check(self, deltas: tuple[Delta, ...]) -> None:
+    def _failure(self, deltas: tuple[Delta, ...]) -> Exception | None:
         for delta in deltas:
             if delta.error is not None:
-                raise delta.error
+                return delta.error
             if delta.finish_reason is FinishReason.ABORT:
                 if self._is_gone:
-                    raise ClientDisconnect
-                raise ShuttingDownError("the server stopped before the request was finished")
+                    return ClientDisconnect()
+                return ShuttingDownError("the server stopped before the request was finished")
+        return None
 
     def _finish(self) -> None:
         for meter in self._meters:
@@ -131,3 +136,8 @@ class Generation:
             for task in pumps:
                 task.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _unfinished(output: RequestOutput) -> RequestOutput:
+    deltas = (replace(delta, finish_reason=None, error=None) for delta in output.deltas)
+    return replace(output, deltas=tuple(deltas))
