@@ -73,11 +73,11 @@ class World:
         seq = chunk.seq
         assert seq.status is Status.RUNNING
         assert chunk.start == seq.num_computed
-        assert 0 < chunk.count <= seq.num_remaining
-        assert len(seq.blocks) * BLOCK >= chunk.start + chunk.count
+        assert 0 < chunk.num_tokens <= seq.num_remaining
+        assert len(seq.blocks) * BLOCK >= chunk.start + chunk.num_tokens
         self.first_chunk.setdefault(seq, self.num_steps)
-        self.computed[seq] += chunk.count
-        seq.num_computed += chunk.count
+        self.computed[seq] += chunk.num_tokens
+        seq.num_computed += chunk.num_tokens
         self.tables.publish(seq)
         assert chunk.samples == (seq.num_remaining == 0)
         if chunk.samples:
@@ -163,7 +163,7 @@ def test_the_oldest_prompt_gets_half_and_short_ones_overtake():
     world.step()
     question = world.add([2] * 30, 5)
     step = world.step()
-    counts = {chunk.seq: chunk.count for chunk in step.chunks}
+    counts = {chunk.seq: chunk.num_tokens for chunk in step.chunks}
     assert counts == {document: 34, question: 30}
 
 
@@ -227,5 +227,5 @@ def test_whole_prompt_takes_prompts_uncut_before_decodes():
     world.step()
     long = world.add([2] * 500, 5)
     step = world.step()
-    assert [(chunk.seq, chunk.count) for chunk in step.chunks] == [(long, 500)]
+    assert [(chunk.seq, chunk.num_tokens) for chunk in step.chunks] == [(long, 500)]
     assert world.step().num_decode_tokens == 2

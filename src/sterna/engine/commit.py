@@ -7,7 +7,7 @@ with a finish reason; when the last one has it the request is finished.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sterna.core.errors import StepError, SternaError
 from sterna.engine.admit import RequestFactory
@@ -21,8 +21,7 @@ from sterna.engine.sequence import RequestState, Sequence, Status
 from sterna.engine.stopping import Progress
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to choose: `seq` reads logits row `row`. A fork knows its parent."""
 
     seq: Sequence
@@ -59,7 +58,7 @@ class Committer:
     def advance(self, forward: Forward) -> None:
         """Count what was computed and end what failed."""
         for chunk_idx, chunk in enumerate(forward.chunks):
-            chunk.seq.num_computed = chunk.start + chunk.count
+            chunk.seq.num_computed = chunk.start + chunk.num_tokens
             self._scheduler.tables.publish(chunk.seq)
             if chunk_idx in forward.logits.prompt_logprobs:
                 _keep_prompt_logprobs(chunk, forward.logits.prompt_logprobs[chunk_idx])

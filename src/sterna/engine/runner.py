@@ -166,7 +166,7 @@ class Runner:
         Running the same chunks again writes the same values to the same slots, so a failed step
         may be repeated.
         """
-        if any(wants_prompt_logprobs(chunk) for chunk in chunks):
+        if any(_asks(chunk) for chunk in chunks):
             return self._run_with_prompt_logprobs(chunks)
         rows = self._fill(chunks)
         self.buffers.output_rows[: len(rows)] = rows
@@ -229,13 +229,13 @@ class Runner:
         """Write all inputs but `output_rows`; returns the last row of each sampling chunk."""
         buffers, rows, end = self.buffers, [], 0
         for chunk_idx, chunk in enumerate(chunks):
-            if chunk.count == 1:
+            if chunk.num_tokens == 1:
                 self._fill_one(chunk, end)
             else:
                 self._fill_many(chunk, end)
-            end += chunk.count
+            end += chunk.num_tokens
             buffers.query_starts[chunk_idx + 1] = end
-            buffers.context_lens[chunk_idx] = chunk.start + chunk.count
+            buffers.context_lens[chunk_idx] = chunk.start + chunk.num_tokens
             table = chunk.seq.table
             assert table is not None, "a scheduled sequence has a table"
             buffers.block_tables[chunk_idx] = table
@@ -253,7 +253,7 @@ class Runner:
         self.buffers.slots[row] = seq.blocks[at // size] * size + at % size
 
     def _fill_many(self, chunk: Chunk, row: int) -> None:
-        seq, count = chunk.seq, chunk.count
+        seq, count = chunk.seq, chunk.num_tokens
         part = slice(row, row + count)
         at = self._offsets[:count] + chunk.start
         assert seq.table is not None, "a scheduled sequence has a table"
@@ -290,7 +290,7 @@ class Runner:
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> list[TokenLogprob]:
         """Row i of the chunk predicts prompt token start + i + 1; the last may predict none."""
         num_top = chunk.seq.state.request.params.prompt_logprobs or 0
-        targets = chunk.seq.state.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
+        targets = chunk.seq.state.prompt[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
         found: list[TokenLogprob] = []
         for start in range(0, len(targets), LOGITS_ROWS):
             part = targets[start : start + LOGITS_ROWS]
@@ -300,9 +300,9 @@ class Runner:
         return found
 
 
-def wants_prompt_logprobs(chunk: Chunk) -> bool:
-    """The chunk has prompt rows whose logits the request asked for."""
-    return _asks(chunk) and chunk.start < chunk.seq.num_prompt_tokens
+def _asks(chunk: Chunk) -> bool:
+    """The request asked for its prompt's logprobs and has not been told them yet."""
+    return chunk.seq.state.prompt_logprobs is not None
 
 
 def block_slots(seq: EngineSequence, at: NDArray[np.int32], block_size: int) -> NDArray[np.int64]:
@@ -312,17 +312,12 @@ def block_slots(seq: EngineSequence, at: NDArray[np.int32], block_size: int) -> 
     return blocks * block_size + at % block_size
 
 
-def _asks(chunk: Chunk) -> bool:
-    seq = chunk.seq
-    return seq.state.request.params.prompt_logprobs is not None and not seq.output
-
-
 def _token_rows(chunks: Sequence[Chunk]) -> list[range]:
     """The rows of each chunk."""
     found, end = [], 0
     for chunk in chunks:
-        found.append(range(end, end + chunk.count))
-        end += chunk.count
+        found.append(range(end, end + chunk.num_tokens))
+        end += chunk.num_tokens
     return found
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ from sterna.engine.rng import uniform
 
 # Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
 GREEDY_BELOW = 1e-5
+# Width of the blocks whose maxima narrow down a top-k search: about the root of a vocabulary.
+BLOCK = 64
 _NEG_INF = np.float32(-np.inf)
 
 
@@ -49,21 +52,17 @@ class RowPlan:
     end_ids: tuple[int, ...] = ()  # not allowed before min_tokens
     bad_words: tuple[tuple[int, ...], ...] = ()
     bitmask: NDArray[np.int32] | None = None  # bit i of word i // 32: token i is allowed
+    is_free: bool = field(init=False)  # steps 1 and 2 do nothing, now and later
     is_plain_greedy: bool = field(init=False)
 
     def __post_init__(self) -> None:
         p = self.params
-        self.is_plain_greedy = (
-            is_greedy(p)
-            and p.logprobs is None
-            and p.structured is None
-            and p.min_tokens == 0
-            and not (has_penalties(p) or p.logit_bias or p.allowed_token_ids or self.bad_words)
-        )
+        ids = p.allowed_token_ids or self.bad_words or p.logit_bias or p.min_tokens
+        self.is_free = not (ids or has_penalties(p) or p.structured or self.bitmask is not None)
+        self.is_plain_greedy = self.is_free and is_greedy(p) and p.logprobs is None
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The chosen token of one row, or why there is none."""
 
     token_id: int
@@ -123,16 +122,21 @@ def _sample_greedy(logits: NDArray[np.float32], rows: Sequence[int]) -> list[Sam
 def _sample_row(raw: NDArray[np.float32], plan: RowPlan) -> Sampled:
     if not np.isfinite(raw.max()):  # max propagates NaN
         return _broken_row()
+    row = raw if plan.is_free else _process(raw, plan)
+    if row is None:
+        return Sampled(-1, error=StepError("the request's constraints leave no token to choose"))
+    token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
+    num_top = plan.params.logprobs
+    return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
+
+
+def _process(raw: NDArray[np.float32], plan: RowPlan) -> NDArray[np.float32] | None:
+    """Steps 1 and 2; None when no token is left."""
     row = _constrain(raw, plan, with_bans=True)
     if row.max() == _NEG_INF:
         # The grammar allows only what min_tokens or bad_words forbid: the grammar wins.
         row = _constrain(raw, plan, with_bans=False)
-    if row.max() == _NEG_INF:
-        return Sampled(-1, error=StepError("the request's constraints leave no token to choose"))
-    row = _adjust(row, plan)
-    token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
-    num_top = plan.params.logprobs
-    return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
+    return None if row.max() == _NEG_INF else _adjust(row, plan)
 
 
 def _constrain(raw: NDArray[np.float32], plan: RowPlan, with_bans: bool) -> NDArray[np.float32]:
@@ -190,35 +194,32 @@ def _draw(row: NDArray[np.float32], plan: RowPlan) -> int:
     ids, probs = _probabilities(row, plan.params)
     cdf = np.cumsum(probs, dtype=np.float64)
     point = uniform(plan.seed, plan.sample_idx, len(plan.output)) * cdf[-1]
-    # `right`: a token of probability 0 is never drawn, also when the uniform is exactly 0.
-    return int(ids[min(int(cdf.searchsorted(point, side="right")), len(ids) - 1)])
+    # `right`, and below the end: a token of probability 0 is never drawn, whatever rounds.
+    place = cdf.searchsorted(min(point, np.nextafter(cdf[-1], 0)), side="right")
+    return int(place if ids is None else ids[place])
 
 
 def _probabilities(
     row: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids in ascending order and unnormalised probabilities (largest = 1) of the survivors."""
-    probs = np.exp((row - row.max()) / np.float32(params.temperature))
-    keep = probs > 0
-    if params.min_p > 0:
-        keep &= probs >= np.float32(params.min_p)
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    """Ids in ascending order (None: all) and unnormalised probabilities (largest = 1)."""
+    ids = None
+    top_logit = row.max()
     if 0 < params.top_k < len(row):
-        keep &= _top_k_mask(row, params.top_k)
-    ids = np.flatnonzero(keep)
-    probs = probs[ids]
+        ids = np.sort(_largest(row, params.top_k))
+        row = row[ids]
+    probs = np.exp((row - top_logit) / np.float32(params.temperature))
+    if params.min_p > 0:
+        ids, probs = _only(np.flatnonzero(probs >= np.float32(params.min_p)), ids, probs)
     if params.top_p < 1:
-        inside = _nucleus(probs, params.top_p)
-        ids, probs = ids[inside], probs[inside]
+        ids, probs = _only(_nucleus(probs, params.top_p), ids, probs)
     return ids, probs
 
 
-def _top_k_mask(row: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
-    """The `top_k` largest; among equals at the border the smaller ids."""
-    border = np.partition(row, len(row) - top_k)[len(row) - top_k]
-    mask: NDArray[np.bool_] = row > border
-    equal = np.flatnonzero(row == border)
-    mask[equal[: top_k - int(np.count_nonzero(mask))]] = True
-    return mask
+def _only(
+    keep: NDArray[np.int64], ids: NDArray[np.int64] | None, probs: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    return keep if ids is None else ids[keep], probs[keep]
 
 
 def _nucleus(probs: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
@@ -232,11 +233,20 @@ def _nucleus(probs: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
 
 
 def _largest(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Ids of the `count` largest, largest first, ties to the smaller id."""
+    """Ids of the `count` largest, largest first, ties to the smaller id.
+
+    The count-th largest of the block maxima bounds the count-th largest value from below, so only
+    what reaches it is sorted: 20 of 49k for a top 5, 10 times faster than a partition of all.
+    """
     if count == 0:
         return np.empty(0, np.int64)
-    ids = np.flatnonzero(_top_k_mask(row, min(count, len(row))))
-    return ids[np.argsort(-row[ids], kind="stable")]
+    maxima = row[: len(row) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
+    if 2 * count < len(maxima):
+        bound = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
+        ids = np.flatnonzero(row >= bound)
+    else:
+        ids = np.arange(len(row))
+    return ids[np.argsort(-row[ids], kind="stable")[:count]]
 
 
 def _broken_row() -> Sampled:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sterna.engine.sequence import Sequence, Status
 from sterna.engine.tables import BlockTables
@@ -43,13 +43,15 @@ MAX_BYPASS = 128
 MAX_DECODE_SHARE = 0.75
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `start .. start + count` of `seq`. `samples`: the next token is drawn from it."""
+class Chunk(NamedTuple):
+    """Tokens `start .. start + num_tokens` of `seq`. `samples`: the next token is drawn from it.
+
+    A named tuple like all data made once a token: 0.3 us where a frozen dataclass takes 1.2.
+    """
 
     seq: Sequence
     start: int
-    count: int
+    num_tokens: int
     samples: bool
 
 
@@ -125,8 +127,8 @@ class Scheduler:
         else:
             decodes = self._decodes()
             chunks = decodes + self._prompt_chunks(self.token_budget - len(decodes))
-        num_tokens = sum(chunk.count for chunk in chunks)
-        num_decodes = sum(chunk.count == 1 and bool(chunk.seq.output) for chunk in chunks)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        num_decodes = sum(chunk.num_tokens == 1 and bool(chunk.seq.output) for chunk in chunks)
         return ScheduledStep(
             tuple(chunks), num_decodes, num_tokens - num_decodes, self._num_preempted
         )
@@ -146,8 +148,8 @@ class Scheduler:
         """One token for every running sequence that needs just one, oldest first."""
         chunks = []
         for seq in list(self.running):
-            if seq.num_remaining != 1 or seq.status is not Status.RUNNING:
-                continue
+            if seq.status is not Status.RUNNING or seq.num_remaining != 1:
+                continue  # preempted by an earlier one, or a prompt
             if self._make_room(seq):
                 chunks.append(Chunk(seq, seq.num_computed, 1, True))
         return chunks
@@ -236,5 +238,4 @@ def max_running(token_budget: int, max_num_seqs: int) -> int:
 
 
 def _chunk(seq: Sequence, count: int) -> Chunk:
-    samples = count == seq.num_remaining
-    return Chunk(seq, seq.num_computed, count, samples)
+    return Chunk(seq, seq.num_computed, count, samples=count == seq.num_remaining)

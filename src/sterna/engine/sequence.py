@@ -49,6 +49,7 @@ class RequestState:
     scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    last_timing: RequestTiming | None = None
 
     @property
     def salt(self) -> str:
@@ -61,13 +62,16 @@ class RequestState:
         return all(seq.status is Status.FINISHED for seq in self.sequences)
 
     def timing(self) -> RequestTiming:
-        """A frozen copy of the time stamps."""
-        return RequestTiming(
-            arrival=self.arrival,
-            scheduled=self.scheduled,
-            first_token=self.first_token,
-            finished=self.finished,
-        )
+        """A frozen copy of the time stamps; the same one until a stamp is added."""
+        last = self.last_timing
+        if last is None or last.finished is not self.finished or last.first_token is None:
+            last = self.last_timing = RequestTiming(
+                arrival=self.arrival,
+                scheduled=self.scheduled,
+                first_token=self.first_token,
+                finished=self.finished,
+            )
+        return last
 
 
 @dataclass(slots=True, eq=False)

@@ -11,14 +11,13 @@ are not sampled, and stop strings are not looked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sterna.engine.request import FinishReason, SamplingParams
 from sterna.text.incremental import IncrementalDecoder
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """What one token did: new text, and the end if it is one."""
 
     text: str

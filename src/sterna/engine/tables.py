@@ -71,7 +71,7 @@ class BlockTables:
     def publish(self, seq: Sequence) -> None:
         """Offer the blocks that are full and computed to others."""
         full = seq.num_computed // self.pool.block_size
-        if not self.enable_prefix_cache or full <= seq.num_published:
+        if full <= seq.num_published or not self.enable_prefix_cache:
             return
         keys = self._keys(seq, full)
         for block_idx in range(seq.num_published, full):
