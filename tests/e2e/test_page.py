@@ -142,7 +142,7 @@ def test_a_server_with_a_key_asks_for_it(page: Page, fake: FakeServer) -> None:
 
 # The message that provokes it, what the notice says, the action offered.
 FAILURES = [
-    ("too long", "prompt has 9,000 tokens, limit 8,192; shorten it", "Edit message"),
+    ("too long", "Prompt has 9,000 tokens, limit 8,192; shorten it.", "Edit message"),
     ("cut me", "The connection was lost before the end.", "Try again"),
     ("break me", "This step failed.", "Try again"),
 ]

@@ -1,6 +1,7 @@
 // The server's HTTP API: one place that adds the key, and turns every failure into an ApiError
 // whose `kind` says what the page can do about it.
 
+import { sentence } from "./format.js";
 import { readEvents } from "./sse.js";
 import { loadKey } from "./store.js";
 
@@ -17,7 +18,7 @@ export class ApiError extends Error {
   }
 }
 
-const KINDS = { 401: "auth", 403: "auth", 429: "busy", 503: "draining" };
+const KINDS = { 401: "auth", 403: "auth", 408: "server", 429: "busy", 503: "draining" };
 
 const kindOf = (status) => KINDS[status] ?? (status >= 500 ? "server" : "invalid");
 
@@ -39,7 +40,9 @@ async function errorOf(response) {
   }
   return new ApiError(
     kindOf(response.status),
-    typeof message === "string" && message ? message : `The server answered ${response.status}.`,
+    typeof message === "string" && message
+      ? sentence(message)
+      : `The server answered ${response.status}.`,
     { status: response.status, retryAfter: retryAfterSeconds(response.headers.get("Retry-After")) },
   );
 }
@@ -85,7 +88,8 @@ export async function* streamChat(body, signal) {
   for await (const { data } of streamEvents("/v1/chat/completions", { body, signal })) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError("server", chunk.error.message ?? "The answer failed.");
+    if (chunk.error)
+      throw new ApiError("server", sentence(chunk.error.message ?? "The answer failed."));
     const choice = chunk.choices?.[0];
     yield { text: choice?.delta?.content ?? "", finish: choice?.finish_reason, usage: chunk.usage };
   }

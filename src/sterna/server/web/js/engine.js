@@ -109,11 +109,12 @@ export class EngineView {
       else this.#charts.get(id).draw(this.#polls);
     }
     this.#readout(rows.get("batch"));
+    const newest = rows.get("batch").findLast((row) => row);
     for (const [id, format] of [
       ["duration", ms],
       ["kv", percent],
     ]) {
-      byId(`now-${id}`).textContent = format(rows.get(id).findLast((row) => row)?.[id]);
+      byId(`now-${id}`).textContent = format(newest?.[id]);
     }
   }
 

@@ -14,7 +14,7 @@ export const count = (value) => (isNumber(value) ? whole.format(value) : NONE);
 /** A rate: one decimal below 100, none above. */
 export function rate(value) {
   if (!isNumber(value)) return NONE;
-  return value < 99.95 ? tenth.format(value) : whole.format(value);
+  return value > 0 && value < 99.95 ? tenth.format(value) : whole.format(value);
 }
 
 /** Milliseconds, switching to seconds from one second on. */
@@ -37,6 +37,10 @@ export function short(value) {
   if (value >= 1e4) return `${whole.format(value / 1e3)} k`;
   return Number.isInteger(value) ? whole.format(value) : tenth.format(value);
 }
+
+/** A server's message as a sentence: "prompt too long" as "Prompt too long." */
+export const sentence = (text) =>
+  text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 

@@ -59,7 +59,7 @@ export class MessageItem {
     const { content, finish, error, stats } = this.#message;
     if (this.#markdown) this.#markdown.update(content);
     else this.#body.textContent = content;
-    const ending = error ?? ENDINGS[finish];
+    const ending = error ?? ENDINGS[finish] ?? (finish && !content ? "The answer is empty." : null);
     this.#ending.hidden = !ending;
     this.#ending.textContent = ending ?? "";
     this.#ending.classList.toggle("bad", Boolean(error));

@@ -4,6 +4,9 @@
 // Two minutes at 200 steps a second, the longest time window at the fastest decode seen.
 const CAPACITY = 24_000;
 
+// Steps that began up to this long before a window are looked at: they may reach into it.
+const LONGEST_STEP_S = 5;
+
 /** Windows the user can choose; null seconds = one bar a step. */
 export const WINDOWS = [
   { id: "steps", label: "Steps", seconds: null },
@@ -61,8 +64,12 @@ export class StepSeries {
     const width = seconds / slots;
     const end = Math.floor(this.now / width); // whole slices: bars move, they do not flicker
     const groups = Array.from({ length: slots }, () => []);
-    for (const step of this.#since((end - slots) * width)) {
-      groups[Math.floor(step.started / width) - (end - slots)]?.push(step);
+    const begin = end - slots;
+    for (const step of this.#since(begin * width - LONGEST_STEP_S)) {
+      // A step longer than a slice fills every slice it ran in.
+      const to = Math.min(slots - 1, Math.floor((step.started + step.duration) / width) - begin);
+      const from = Math.max(0, Math.floor(step.started / width) - begin);
+      for (let i = from; i <= to; i += 1) groups[i].push(step);
     }
     return groups.map((steps) => (steps.length ? rowOf(steps) : null));
   }

@@ -13,9 +13,9 @@ function resolveColor(probe, name) {
 }
 
 /**
- * spec: {slot, least, top?, format, layers: [{key, color, kind: "bar"|"line"|"area"|"limit", dash?}]}
- * slot in CSS px; `top` fixes the scale; "bar" layers stack in order; a "limit" is a dashed line
- * drawn only where the scale reaches it.
+ * spec: {slot, least, format, layers: [{key, color, kind: "bar"|"line"|"area"|"limit", dash?}]}
+ * slot in CSS px; `least` is the smallest top of the scale; "bar" layers stack in order; a "limit"
+ * is a dashed line, drawn only where the scale reaches it.
  */
 export class StripChart {
   #canvas;
@@ -80,7 +80,7 @@ export class StripChart {
         if (kind === "line" || kind === "area") largest = Math.max(largest, value(row, key));
       }
     }
-    const top = this.#spec.top ?? this.#scale.fit(largest);
+    const top = this.#scale.fit(largest);
     this.#context.clearRect(0, 0, this.#width, this.#height);
     this.#grid(top);
     if (back !== null && back < this.slots) this.#cursor(back);
