@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
@@ -25,7 +25,6 @@ from sterna.text.tools import ToolStyle, detect_style
 
 if TYPE_CHECKING:
     from sterna.engine.aio import AsyncEngine
-    from sterna.text.tokenizer import Tokenizer
 
 BodyT = TypeVar("BodyT", bound=Body)
 
@@ -55,8 +54,7 @@ class Service:
 def build_service(engine: AsyncEngine, config: ServerConfig) -> Service:
     """All parts for one engine."""
     model = describe(engine, config)
-    # The engine asks less of a tokenizer than chat templates and log-probabilities do.
-    tokenizer = cast("Tokenizer", engine.tokenizer)
+    tokenizer = engine.tokenizer
     metrics = ServerMetrics(config.metrics_prefix, model.names[0])
     metrics.describe_cache(
         block_size=model.block_size,
