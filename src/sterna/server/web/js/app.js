@@ -11,9 +11,9 @@ import { initTheme } from "./theme.js";
 
 // Small enough for a small model to answer well; each shows another kind of answer.
 const IDEAS = [
-  "Explain why the sky is blue in two sentences.",
+  "Give me three facts about the ocean as a list.",
   "Write a Python function that reverses a string.",
-  "List five ideas for a rainy afternoon.",
+  "Why is the sky blue? Answer in one sentence.",
   "Tell a very short story about an arctic tern.",
 ];
 
