@@ -15,17 +15,29 @@ template <> struct Elem<bf16> { static constexpr int P = 2; };
 
 #define UNROLL _Pragma("GCC unroll 16")
 
+// float32 sums are taken in runs of this many products, then added up: the rounding error of a
+// sum grows with its length, and one chain of 1,536 strays 1.6e-4 from the exact logits of
+// SmolLM2 where 1e-4 is the bound.
+constexpr int RUN = 64;
+
 // b[j] points at vector j of k step 0; b_step is the distance of k steps in elements.
 template <int MR, int NV>
 static inline __attribute__((always_inline)) void multiply(
     vf (&acc)[MR][NV], const float* a, int64_t lda, const float* const (&b)[NV], int64_t b_step,
     int num_steps) {
-  for (int k = 0; k < num_steps; ++k) {
-    vf w[NV];
-    UNROLL for (int j = 0; j < NV; ++j) w[j] = load(b[j] + k * b_step);
+  for (int first = 0; first < num_steps; first += RUN) {
+    int last = num_steps - first < RUN ? num_steps : first + RUN;
+    vf run[MR][NV] = {};
+    for (int k = first; k < last; ++k) {
+      vf w[NV];
+      UNROLL for (int j = 0; j < NV; ++j) w[j] = load(b[j] + k * b_step);
+      UNROLL for (int i = 0; i < MR; ++i) {
+        vf x = splat(a[i * lda + k]);
+        UNROLL for (int j = 0; j < NV; ++j) run[i][j] += x * w[j];
+      }
+    }
     UNROLL for (int i = 0; i < MR; ++i) {
-      vf x = splat(a[i * lda + k]);
-      UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += x * w[j];
+      UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += run[i][j];
     }
   }
 }
