@@ -78,19 +78,29 @@ class PagedRunner:
         )
         return self.decoder.logits(self.decoder.hidden(batch))
 
-    def greedy(
-        self, prompt: list[int], num_tokens: int, name: str = "s"
-    ) -> tuple[list[int], Tensor]:
+    def greedy(self, prompt: list[int], num_tokens: int) -> tuple[list[int], Tensor]:
         """Greedy tokens, and the logits that chose each [num_tokens, V]."""
-        total = len(prompt) + num_tokens
-        self.add(name, self.decoder.rope_row_offset(total))
-        tokens, chosen, feed = [], [], prompt
+        tokens, logits = self.greedy_together([prompt], num_tokens)
+        return tokens[0], logits[0]
+
+    def greedy_together(
+        self, prompts: list[list[int]], num_tokens: int
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """`greedy` of several prompts in one batch a step."""
+        names = [f"s{i}" for i in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            self.add(name, self.decoder.rope_row_offset(len(prompt) + num_tokens))
+        feed = dict(zip(names, prompts, strict=True))
+        tokens: list[list[int]] = [[] for _ in names]
+        chosen: list[Tensor] = []
         for _ in range(num_tokens):
-            logits = self.step({name: feed}, int32([len(feed) - 1]))
-            chosen.append(logits[0])
-            tokens.append(int(logits[0].argmax()))
-            feed = tokens[-1:]
-        return tokens, torch.stack(chosen)
+            ends = torch.tensor([len(new) for new in feed.values()]).cumsum(0) - 1
+            chosen.append(self.step(feed, ends.int()))
+            best = chosen[-1].argmax(dim=-1).tolist()
+            feed = {name: [token] for name, token in zip(names, best, strict=True)}
+            for sequence, token in zip(tokens, best, strict=True):
+                sequence.append(token)
+        return tokens, list(torch.stack(chosen, dim=1))
 
 
 @pytest.fixture
