@@ -26,6 +26,8 @@ from sterna.kernels.cpu_backend import CpuBackend
 SHAPES = {"qkv": (576, 960), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 ROWS = (1, 4, 8, 16, 32, 128, 512)
 HEADS = (9, 3, 64)
+# sequences, new tokens each, keys each: decodes of one and many streams, prompt chunks
+ATTENTION = ((1, 1, 2000), (32, 1, 160), (8, 1, 1500), (1, 512, 512), (1, 512, 2048))
 REPEATS = 9
 Row = dict[str, object]
 
@@ -39,8 +41,8 @@ def main() -> None:
     limits = {d: arithmetic_limit(backend, d) for d in (torch.bfloat16, torch.float32)}
     bandwidth = read_limit(backend)
     print(fingerprint().line())
-    print(f"isa {backend.kernels.isa}, {args.threads} threads, read {bandwidth:.1f} GB/s, "
-          f"bf16 {limits[torch.bfloat16]:.0f}, fp32 {limits[torch.float32]:.0f} GFLOP/s")  # fmt: skip
+    peaks = f"bf16 {limits[torch.bfloat16]:.0f}, fp32 {limits[torch.float32]:.0f} GFLOP/s"
+    print(f"isa {backend.kernels.isa}, {args.threads} threads, {bandwidth:.1f} GB/s, {peaks}")
     rows = linear_rows(backend, limits, bandwidth) + attention_rows(backend, limits, bandwidth)
     rows += row_op_rows(backend, bandwidth)
     if args.json:
@@ -121,10 +123,10 @@ def check(backend: CpuBackend, x: Tensor, plain: Tensor, packed: Tensor, n: int)
 def attention_rows(backend: CpuBackend, limits: dict[torch.dtype, float], gbs: float) -> list[Row]:
     heads, kv_heads, dim = HEADS
     dtype, size, found = torch.bfloat16, 16, []
-    for seqs, new, context in ((1, 1, 2000), (32, 1, 160), (8, 1, 1500), (1, 512, 512), (1, 512, 2048)):  # fmt: skip
+    for seqs, new, context in ATTENTION:
         width = -(-context // size)
-        cache = backend.new_kv_cache(seqs * width + 1, size, kv_heads, dim, dtype, torch.device("cpu"))  # fmt: skip
-        cache.normal_()
+        blocks, cpu = seqs * width + 1, torch.device("cpu")
+        cache = backend.new_kv_cache(blocks, size, kv_heads, dim, dtype, cpu).normal_()
         q = torch.randn(seqs * new, heads * dim).to(dtype)
         tables = (1 + torch.arange(seqs * width)).int().view(seqs, width)
         starts = (torch.arange(seqs + 1) * new).int()
@@ -149,7 +151,8 @@ def row_op_rows(backend: CpuBackend, gbs: float) -> list[Row]:
             ("silu", lambda: cpu_calls.activate(backend.eager, x, "silu")),  # noqa: B023
         ):
             seconds = clock(call, 20)
-            found.append(report(f"{name} 576 bf16 rows {rows}", seconds, 0.0, size, size / gbs / 1e9))  # fmt: skip
+            label = f"{name} 576 bf16 rows {rows}"
+            found.append(report(label, seconds, 0.0, size, size / gbs / 1e9))
     return found
 
 

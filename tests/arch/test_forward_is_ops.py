@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,7 +85,7 @@ def test_replay_equals_the_interpreted_forward_to_the_bit(dtype):
     # two sequences: a prompt chunk of 5 and one of 3; then one decode each
     steps = [([5, 6, 7, 8, 9, 1, 2, 3], [0, 5, 8], [5, 3]), ([11, 12], [0, 1, 2], [6, 4])]
     for tokens, starts, lens in steps:
-        news = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        news = [b - a for a, b in itertools.pairwise(starts)]
         slots = [16 * (s + 1) + lens[s] - news[s] + i for s in range(2) for i in range(news[s])]
         rows = [stop - 1 for stop in starts[1:]]
         tables = [[1, 0, 0], [2, 0, 0]]
