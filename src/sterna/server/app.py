@@ -23,7 +23,7 @@ from sterna.server.completions import answer_completion
 from sterna.server.config import ServerConfig
 from sterna.server.context import ContextMiddleware
 from sterna.server.errors import install_error_handlers
-from sterna.server.openapi import ERRORS, body_of, install_openapi
+from sterna.server.openapi import ERRORS, body_of, install_openapi, responses_of
 from sterna.server.service import Service, build_service
 from sterna.server.tokens import answer_detokenize, answer_tokenize
 from sterna.version import __version__
@@ -36,7 +36,6 @@ _DESCRIPTION = (
 )
 _Endpoint = Callable[..., Coroutine[Any, Any, Response]]
 _Decorator = Callable[[_Endpoint], _Endpoint]
-_JSON_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401]}
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
@@ -103,7 +102,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         return app.post(
             path,
             response_class=Response,
-            responses={200: {"model": reply}, **ERRORS},
+            responses=responses_of(reply, *ERRORS),
             openapi_extra=body_of(body),
         )
 
@@ -126,8 +125,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     def get(path: str, reply: type[replies.Reply], *errors: int) -> _Decorator:
-        responses: dict[int | str, dict[str, Any]] = {200: {"model": reply}, 401: ERRORS[401]}
-        responses |= {code: ERRORS[code] for code in errors}
+        responses = responses_of(reply, 401, *errors)
         return app.get(path, response_class=Response, responses=responses)
 
     @get("/v1/models", replies.ModelList)
@@ -148,15 +146,15 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_engine_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/metrics", response_class=Response, responses=_JSON_ERRORS)
+    @app.get("/metrics", response_class=Response, responses=responses_of(None, 401))
     async def metrics() -> Response:
         return status.show_metrics(service)
 
-    @app.get("/engine/state", response_class=Response, responses=_JSON_ERRORS)
+    @app.get("/engine/state", response_class=Response, responses=responses_of(None, 401))
     async def engine_state() -> Response:
         return status.show_state(service)
 
-    @app.get("/engine/steps", response_class=Response, responses={400: ERRORS[400], **_JSON_ERRORS})
+    @app.get("/engine/steps", response_class=Response, responses=responses_of(None, 400, 401))
     async def engine_steps(request: Request) -> Response:
         return status.stream_steps(service, request)
 

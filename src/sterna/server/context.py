@@ -1,4 +1,5 @@
-"""The outermost layer: a request id for every answer and one log line for every request.
+"""The outermost layer: a request id for every answer, also for a failure nobody foresaw, and one
+log line for every request.
 
 Pure ASGI. A layer that buffers (Starlette's BaseHTTPMiddleware) would hide disconnects and cost
 a task switch a chunk.
@@ -13,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sterna.core.log import get_logger
+from sterna.server.errors import internal_error
 
 _log = get_logger(__name__)
 _MAX_ID_CHARS = 128
@@ -45,6 +47,11 @@ class ContextMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log.exception("%s %s failed", scope["method"], request_id)
+            if status:  # half an answer is out: closing the connection is all that can be said
+                raise
+            await internal_error(error)(scope, receive, send_with_id)
         finally:
             self._note(scope, request_id, status, time.monotonic() - started)
 

@@ -37,6 +37,12 @@ def error_response(error: SternaError) -> Response:
     return _json(error.http_status, sterna_error_body(error), _headers(error))
 
 
+def internal_error(error: Exception) -> Response:
+    """The answer for an exception that nobody foresaw; its text may hold secrets and stays here."""
+    message = f"internal error ({type(error).__name__}); the server's log has the details"
+    return _json(500, error_body(message, "server_error", "internal_error"))
+
+
 def install_error_handlers(app: FastAPI, count: Callable[[str], None]) -> None:
     """Route every exception of `app` through the functions above; `count` gets each code."""
 
@@ -50,7 +56,6 @@ def install_error_handlers(app: FastAPI, count: Callable[[str], None]) -> None:
     app.add_exception_handler(SternaError, on_sterna_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_unexpected)
 
 
 def _headers(error: SternaError) -> dict[str, str]:
@@ -86,8 +91,3 @@ def _http_words(request: Request, error: HTTPException) -> tuple[str, str]:
         allowed = (error.headers or {}).get("Allow", "another method")
         return f"{where} is not allowed; use {allowed}", "method_not_allowed"
     return f"{where}: {error.detail}", HTTPStatus(error.status_code).name.lower()
-
-
-async def _on_unexpected(request: Request, error: Exception) -> Response:
-    message = f"internal error ({type(error).__name__}); the server's log has the details"
-    return _json(500, error_body(message, "server_error", "internal_error"))

@@ -115,6 +115,7 @@ def test_unexpected_exception_is_500_with_a_body_and_no_details(connect, engine)
     (reply,) = ask(connect, ("POST", "/v1/chat/completions", {"json": ASK}))
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "internal_error" and "secret" not in reply.text
+    assert reply.headers["x-request-id"]
 
 
 def test_body_limit_by_header_and_by_count(connect):
