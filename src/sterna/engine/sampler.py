@@ -192,11 +192,29 @@ def _penalise(row: NDArray[np.float32], plan: RowPlan) -> None:
 def _draw(row: NDArray[np.float32], plan: RowPlan) -> int:
     """Steps 3 to 6."""
     ids, probs = _probabilities(row, plan.params)
-    cdf = np.cumsum(probs, dtype=np.float64)
-    point = uniform(plan.seed, plan.sample_idx, len(plan.output)) * cdf[-1]
-    # `right`, and below the end: a token of probability 0 is never drawn, whatever rounds.
-    place = cdf.searchsorted(min(point, np.nextafter(cdf[-1], 0)), side="right")
-    return int(place if ids is None else ids[place])
+    place = _invert_cdf(probs, uniform(plan.seed, plan.sample_idx, len(plan.output)))
+    return place if ids is None else int(ids[place])
+
+
+def _invert_cdf(probs: NDArray[np.float32], share: float) -> int:
+    """The first index whose running sum exceeds `share` of the whole; 0 <= share < 1.
+
+    By blocks, because a running sum over 49k floats waits 0.2 ms for its own last addition.
+    """
+    num_blocks = len(probs) // BLOCK
+    sums = probs[: num_blocks * BLOCK].reshape(num_blocks, BLOCK).sum(axis=1, dtype=np.float64)
+    tail = probs[num_blocks * BLOCK :].sum(dtype=np.float64)
+    cdf = np.cumsum(np.append(sums, tail))
+    point = share * cdf[-1]
+    block = _exceeding(cdf, point)
+    before = cdf[block - 1] if block else 0.0
+    inner = np.cumsum(probs[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    return block * BLOCK + _exceeding(inner, point - before)
+
+
+def _exceeding(cdf: NDArray[np.float64], point: float) -> int:
+    """First index with cdf > point. Below the end, so what has no weight is never found."""
+    return int(cdf.searchsorted(min(point, np.nextafter(cdf[-1], 0)), side="right"))
 
 
 def _probabilities(

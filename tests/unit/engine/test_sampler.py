@@ -187,3 +187,23 @@ def test_logprobs_are_of_the_raw_row():
     assert [token for token, _ in found.top] == best.tolist()
     assert [value for _, value in found.top] == pytest.approx(exact[best], abs=1e-5)
     assert token_logprob(row, 3, 0).top == ()
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.8}, {"top_k": 40}, {"min_p": 0.01}])
+@pytest.mark.parametrize("size", [64, 1000, 4096 + 17])
+def test_large_vocabularies_take_the_same_token_as_a_plain_cdf(params, size):
+    """The block-wise search against a running sum over all ids."""
+    row = (np.random.default_rng(size).standard_normal(size) * 3).astype(np.float32)
+    cdf = np.cumsum(expected(row, **params))
+    for position in range(200):
+        drawn = one(row, seed=3, output=[0] * position, **params).token_id
+        point = uniform(3, 0, position)
+        # equal but where the point is within rounding of a border
+        assert cdf[drawn] > point - 1e-6
+        assert drawn == 0 or cdf[drawn - 1] <= point + 1e-6
+
+
+def test_top_of_a_large_row_with_ties():
+    row = np.round(np.random.default_rng(0).standard_normal(5000) * 2).astype(np.float32)
+    want = np.argsort(-row, kind="stable")[:20].tolist()
+    assert [token for token, _ in token_logprob(row, 0, 20).top] == want
