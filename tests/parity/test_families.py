@@ -108,9 +108,9 @@ def pair(request, save_hf):
     """(transformers model, sterna decoder) with the same random weights."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CASES[request.param]()).float().eval()
-    for name, parameter in model.named_parameters():  # norms and biases start at 1 and 0
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms start at 1 (Gemma's at 0), biases at 0
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     return model, load_model(save_hf(model), "float32").decoder
 
 
