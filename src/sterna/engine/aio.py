@@ -191,6 +191,7 @@ class AsyncEngine:
             return
         self._commands.put(_Stop())
         await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        self.engine.close()
         await asyncio.sleep(0)  # the thread's last delivery is already on the loop
 
     # ---- on the event loop -----------------------------------------------------------------

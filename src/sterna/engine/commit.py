@@ -101,6 +101,8 @@ class Committer:
         self, state: RequestState, reason: FinishReason, error: SternaError | None
     ) -> None:
         """End all unfinished samples of a request."""
+        if state.grammar is not None:
+            state.grammar.cancel()
         alive = [seq for seq in state.sequences if seq.status is not Status.FINISHED]
         self._end_unborn(state, reason, error)
         for seq in alive:

@@ -20,7 +20,9 @@ class EngineConfig(BaseModel):
     max_model_len: int | None = Field(
         None, gt=0, description="longest prompt + completion; None = the model's own limit"
     )
-    block_size: int = Field(16, description="tokens in a KV block; a multiple of 16")
+    block_size: int = Field(
+        16, ge=16, multiple_of=16, description="tokens in a KV block; a multiple of 16"
+    )
     kv_cache_bytes: int | None = Field(
         None, gt=0, description="KV cache size; None = a share of the free memory"
     )

@@ -195,6 +195,11 @@ class Engine:
             raise ConfigError(f"token_budget is {token_budget}; allowed is 1 to {limit}")
         self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs)
 
+    def close(self) -> None:
+        """End the threads that compile grammars. Requests in flight are lost: abort them first."""
+        if self._grammars is not None:
+            self._grammars.shutdown()
+
     def check_integrity(self) -> None:
         """Assert that every block is accounted for; for tests."""
         self.pool.check_integrity([seq.blocks for seq in self.scheduler.running])

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from sterna.core.errors import ConfigError, RequestError, SternaError
+from sterna.core.lookup import unknown
 from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
 from sterna.engine.engine import Engine
@@ -75,7 +77,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **settings: Any) -> None:
-        self._engine: Engine | None = build_engine(model, EngineConfig(**settings))
+        self._engine: Engine | None = build_engine(model, _config(settings))
         self._ids = itertools.count()
 
     def __enter__(self) -> LLM:
@@ -92,7 +94,9 @@ class LLM:
         return self._engine
 
     def close(self) -> None:
-        """Free the model and its KV cache."""
+        """Free the model and its KV cache. Further calls do nothing."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def generate(
@@ -209,6 +213,20 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.request_id)
         return found
+
+
+def _config(settings: dict[str, Any]) -> EngineConfig:
+    """ConfigError for an unknown name (with the nearest known one) or a value out of range."""
+    for name in settings:
+        if name not in EngineConfig.model_fields:
+            raise ConfigError(unknown("setting", name, EngineConfig.model_fields), param=name)
+    try:
+        return EngineConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        said = f"{name} is {first['input']!r}: {first['msg']}"
+        raise ConfigError(said, param=name) from error
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -106,10 +106,13 @@ class InputBuffers:
         self.block_tables: NDArray[np.int32] = self._host["block_tables"].numpy()
 
     def upload(self) -> None:
-        """Copy the host buffers to the device; nothing to do on a CPU."""
+        """Copy the host buffers to the device; nothing to do on a CPU.
+
+        Waits for the copies: the next step may be written before this one's kernels have run.
+        """
         if self._device is not self._host:
             for name, tensor in self._host.items():
-                self._device[name].copy_(tensor, non_blocking=True)
+                self._device[name].copy_(tensor)
 
     def batch(self, shape: BatchShape, layers: tuple[Tensor, ...], block_size: int) -> Batch:
         """A Batch of views into the buffers."""
