@@ -114,6 +114,8 @@ class Generation:
 
     async def _many(self) -> Outputs:
         """Outputs of all prompts as they come; the first error ends all."""
+        for request in self._requests:  # a bad one is told before anything is computed
+            self._engine.check_admission(request)
         queue: asyncio.Queue[tuple[int, RequestOutput] | asyncio.Task[None]] = asyncio.Queue()
 
         async def pump(prompt_idx: int, request: EngineRequest) -> None:

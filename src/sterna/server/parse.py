@@ -18,6 +18,7 @@ BodyT = TypeVar("BodyT", bound=schema.Body)
 # Pydantic's names for a union's options in error locations, beside class names and tuple[...].
 _OPTIONS = ("str", "int", "none", "dict")
 # Values are quoted in messages, but a body of megabytes is not repeated.
+_MAX_NAME = 64
 _SHOW = reprlib.Repr()
 _SHOW.maxlevel, _SHOW.maxdict, _SHOW.maxlist, _SHOW.maxtuple = 3, 4, 4, 4
 _SHOW.maxstring = _SHOW.maxother = _SHOW.maxlong = 60
@@ -49,11 +50,12 @@ def _explain(kind: type[schema.Body], errors: Sequence[ErrorDetails]) -> Request
 
 
 def _unknown_field(kind: type[schema.Body], error: ErrorDetails) -> RequestError:
-    name = str(error["loc"][-1])
+    name = str(error["loc"][-1])[:_MAX_NAME]
     known = kind.model_fields if len(error["loc"]) == 1 else _nested_names()
     hint = nearest(name, known)
     meant = f"did you mean {hint!r}?" if hint else "see GET /docs for the known fields"
-    return RequestError(f"unknown field {_SHOW.repr(name)}; {meant}", param=_param(error["loc"]))
+    param = _param(error["loc"])
+    return RequestError(f"unknown field {_SHOW.repr(name)}; {meant}", param=param)
 
 
 def _nested_names() -> set[str]:
@@ -87,9 +89,9 @@ def _reasons(kind: type[schema.Body], errors: Sequence[ErrorDetails]) -> str:
 
 def _param(loc: tuple[int | str, ...]) -> str:
     """`("messages", 0, "content", "str")` -> `messages[0].content`."""
-    text = str(loc[0])
+    text = str(loc[0])[:_MAX_NAME]
     for part in _names(loc)[1:]:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:_MAX_NAME]}"
     return text
 
 

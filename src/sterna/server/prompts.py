@@ -17,6 +17,8 @@ _T = TypeVar("_T")
 
 # Characters; about 1 ms of tokenizing. Shorter texts are done in place, longer in a thread.
 _INLINE_CHARS = 4096
+# What the template writes around each message.
+_PER_MESSAGE = 32
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
@@ -70,7 +72,7 @@ class PromptBuilder:
             )
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        return tuple(await _run(sum(map(_num_chars, messages)), build))
+        return tuple(await _run(_size(messages, tools, template_kwargs), build))
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
         """The text of `token_ids`; RequestError when an id is not in the vocabulary."""
@@ -94,6 +96,15 @@ def _plain(message: Message) -> dict[str, Any]:
     plain = message.model_dump(mode="json", exclude_none=True, exclude=_UNUSED)
     # Templates know no "developer", which OpenAI defines as the successor of "system".
     return plain | {"role": "system"} if message.role == "developer" else plain
+
+
+def _size(
+    messages: tuple[Message, ...], tools: tuple[Tool, ...] | None, variables: dict[str, Any] | None
+) -> int:
+    """Characters to render, roughly; schemas and variables are not measured but taken as long."""
+    if tools or variables:
+        return _INLINE_CHARS + 1
+    return sum(_PER_MESSAGE + _num_chars(message) for message in messages)
 
 
 def _num_chars(message: Message) -> int:

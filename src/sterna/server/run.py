@@ -12,6 +12,7 @@ import contextlib
 import errno
 import gc
 import ipaddress
+import logging
 import signal
 import socket
 import ssl
@@ -45,6 +46,8 @@ def serve(config: ServerConfig) -> int:
     Raises PortInUseError, ConfigError and ModelError before anything is served.
     """
     setup_logging()
+    # uvicorn's warnings (an invalid request line, say) look like ours.
+    logging.getLogger("uvicorn").handlers[:] = logging.getLogger("sterna").handlers
     check_tls(config)
     config.keys()
     with bind(config) as listener:

@@ -166,7 +166,7 @@ class Tool(Body):
 class NamedFunction(Body):
     """The name inside a forced choice."""
 
-    name: str
+    name: str = Field(max_length=64)
 
 
 class NamedTool(Body):

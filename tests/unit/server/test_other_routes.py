@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -87,6 +88,34 @@ def test_malformed_bodies(connect, raw, words):
         assert reply.status_code == 400
         if path == "/v1/chat/completions":
             assert words in reply.json()["error"]["message"]
+
+
+def test_absurd_names_are_answered_briefly_and_soon(connect):
+    long = "x" * 3_000_000
+    bodies = [{long: 1}, {"messages": [{long: 1}]}, {**ASK, "model": long}, {**ASK, "stop": long}]
+    started = time.process_time()
+    for body in bodies:
+        (reply,) = ask(connect, ("POST", "/v1/chat/completions", {"json": body}))
+        assert reply.status_code in (400, 404) and len(reply.content) < 2000
+    assert time.process_time() - started < 3
+
+
+def test_many_empty_messages_do_not_hold_the_event_loop(connect):
+    body = {"messages": [{"role": "user"}] * 50_000, "model": "tern"}
+
+    async def go():
+        async with connect() as client:
+            late = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            pauses = []
+            while not late.done():
+                started = time.perf_counter()
+                await asyncio.sleep(0.001)
+                pauses.append(time.perf_counter() - started)
+            return (await late).status_code, pauses
+
+    status, pauses = asyncio.run(go())
+    assert status == 400  # too long for the model
+    assert len(pauses) > 3  # it was rendered elsewhere
 
 
 @pytest.mark.parametrize(
