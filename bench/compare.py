@@ -163,7 +163,7 @@ def time_cases(
             for peer in running:
                 if CASES[case]["batch"] > 1 and peer.spec.name in ONE_STREAM_ONLY:
                     continue
-                request = {"do": "measure", "case": CASES[case], "seed": repeat}
+                request = {"do": "measure", "case": CASES[case], "seed": f"{case}/{repeat}"}
                 figures = peer.ask(request)
                 if repeat:
                     _keep(samples, case, peer.spec.name, figures)

@@ -47,6 +47,9 @@ def measure_server(
     try:
         _wait_ready(process, port, spec.name)
         ready_s = time.perf_counter() - started
+        warm_up = prompts.with_name("warm-up.jsonl")
+        write_prompts(warm_up, tokenizer, 2, seed=-1)  # other texts: no cache may know the load's
+        _load(port, cores, warm_up, tokenizer, 2, seed)
         figures = _load(port, cores, prompts, tokenizer, count, seed)
     finally:
         stop(process)
@@ -58,7 +61,7 @@ def _load(
 ) -> dict[str, Any]:
     options = ["--port", port, "--dataset-name", "custom", "--dataset-path", prompts,
                "--num-prompts", count, "--max-concurrency", CONCURRENCY, "--ignore-eos",
-               "--num-warmups", 2, "--seed", seed, "--tokenizer", tokenizer, "--json"]  # fmt: skip
+               "--num-warmups", 0, "--seed", seed, "--tokenizer", tokenizer, "--json"]  # fmt: skip
     command = [sys.executable, "-m", "sterna.cli", "bench", "serve", *map(str, options)]
     client = start(command, cores, "client.log", stdout=subprocess.PIPE)
     out, _ = client.communicate()

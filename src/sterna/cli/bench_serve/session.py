@@ -56,16 +56,22 @@ class Session:
     async def _measure(self) -> list[dict[str, Any]]:
         pool = open_pool(self.target)
         model = await wait_until_ready(pool, self.target)
-        samples = make_samples(self.load, TextSource(self._words(), self.load.seed))
+        words = self._words()
         try:
             results = []
-            for load in self._points():
+            for index, load in enumerate(self._points()):
                 driver = Driver(pool, self.target, load, model)
-                await driver.warm_up(samples)
+                # Texts differ between warm-up and points, so a prefix cache knows none of them.
+                await driver.warm_up(self._samples(words, f"warm-up {index}"))
+                samples = self._samples(words, f"point {index}")
                 results.append(await self._measure_point(driver, samples, load, model))
             return results
         finally:
             pool.close()
+
+    def _samples(self, words: tuple[str, ...], purpose: str) -> list[Sample]:
+        """The load's requests: lengths by the seed alone, random texts also by `purpose`."""
+        return make_samples(self.load, TextSource(words, f"{self.load.seed}/{purpose}"))
 
     async def _measure_point(
         self, driver: Driver, samples: list[Sample], load: LoadOptions, model: str

@@ -61,7 +61,7 @@ def common_words() -> tuple[str, ...]:
 class TextSource:
     """Random text by token count; the same key gives the same text."""
 
-    def __init__(self, words: Sequence[str], seed: int) -> None:
+    def __init__(self, words: Sequence[str], seed: int | str) -> None:
         self._words = words
         self._seed = seed
 

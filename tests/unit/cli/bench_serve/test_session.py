@@ -62,6 +62,8 @@ def test_a_sweep_measures_each_point_and_draws(tmp_path, capsys):
         assert _bench(url, *options, "--plot", str(curve), "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert [result["max_concurrency"] for result in results] == [1, 2]
+    prompts = [body["prompt"] for body in fake.bodies]
+    assert len(set(prompts)) == len(prompts) == 10  # no prompt twice: caches are no help
     assert curve.exists()
 
 
