@@ -14,7 +14,7 @@ namespace STERNA_ISA {
 namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
-constexpr int TILE = 64;      // keys of a softmax tile: four 16-lane vectors
+constexpr int TILE = 128;     // keys of a softmax tile
 constexpr int MAX_ROWS = 24;  // rows of a query tile: its state stays in the L1 cache
 #if defined(__AVX512F__)
 constexpr int MR = 6, NV = 4;
@@ -67,6 +67,20 @@ struct Work {
   }
 };
 
+// Where the keys and values of one tile are, 16 keys a piece: found once, used by all rows.
+template <class T>
+struct Tile {
+  int first, count;  // keys
+  const T *k[TILE / 16], *v[TILE / 16];
+  Tile(const Work<T>& w, int key, int num_keys) : first(key), count(num_keys) {
+    for (int i = 0; i < TILE / 16; ++i) {
+      int at = key + 16 * i, offset = at % w.a.block_size;
+      k[i] = w.block(at, false) + int64_t(offset) * w.a.head_dim;
+      v[i] = w.block(at, true) + int64_t(offset) * w.a.head_dim;
+    }
+  }
+};
+
 template <class T>
 void gather_queries(const Work<T>& w) {
   int C = w.a.head_dim;
@@ -81,15 +95,12 @@ void gather_queries(const Work<T>& w) {
   std::memset(w.st.o, 0, sizeof(float) * w.it.rows() * w.ldo());
 }
 
-// s[row .. row + M] = q.k for NV vectors of keys from `key`.
+// s[row .. row + M] = q.k for NV vectors of keys from column `col` of the tile.
 template <class T, int M>
-void scores(const Work<T>& w, int row, int key, int col) {
+void scores(const Work<T>& w, const Tile<T>& tile, int row, int col) {
   constexpr int P = Elem<T>::P;
   const T* k[NV];
-  for (int j = 0; j < NV; ++j) {
-    int at = key + col + j * VW, offset = at % w.a.block_size;
-    k[j] = w.block(at, false) + int64_t(offset / 16) * 16 * w.a.head_dim + offset % 16 * P;
-  }
+  for (int j = 0; j < NV; ++j) k[j] = tile.k[(col + j * VW) / 16] + (col + j * VW) % 16 * P;
   vf acc[M][NV] = {};
   const T* q = w.st.q + int64_t(row) * w.a.head_dim;
   multiply<M, NV>(acc, q, w.a.head_dim, k, 16 * P, w.a.head_dim / P);
@@ -97,19 +108,18 @@ void scores(const Work<T>& w, int row, int key, int col) {
     for (int j = 0; j < NV; ++j) store(w.st.s + (row + i) * TILE + col + j * VW, acc[i][j]);
 }
 
-// o[row .. row + M] += p V over the first `num_keys` keys of the tile, N vectors from column c.
+// o[row .. row + M] += p V over the keys of the tile, N vectors from column c.
 template <class T, int M, int N>
-void values(const Work<T>& w, int row, int key, int num_keys, int c) {
+void values(const Work<T>& w, const Tile<T>& tile, int row, int c) {
   constexpr int P = Elem<T>::P;
   vf acc[M][N];
   float* o = w.st.o + int64_t(row) * w.ldo() + c;
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) acc[i][j] = load(o + i * w.ldo() + j * VW);
-  for (int at = 0; at < num_keys; at += 16) {
-    int offset = (key + at) % w.a.block_size, n = num_keys - at < 16 ? num_keys - at : 16;
-    const T* base = w.block(key + at, true) + int64_t(offset / P) * P * w.a.head_dim;
+  for (int at = 0; at < tile.count; at += 16) {
+    int n = tile.count - at < 16 ? tile.count - at : 16;
     const T* v[N];
-    for (int j = 0; j < N; ++j) v[j] = base + int64_t(c + j * VW) * P;
+    for (int j = 0; j < N; ++j) v[j] = tile.v[at / 16] + int64_t(c + j * VW) * P;
     multiply<M, N>(acc, w.st.p + row * TILE + at, TILE, v, int64_t(w.a.head_dim) * P,
                    (n + P - 1) / P);
   }
@@ -118,42 +128,38 @@ void values(const Work<T>& w, int row, int key, int num_keys, int c) {
 }
 
 template <class T, int M>
-void values_of_rows(const Work<T>& w, int row, int key, int num_keys) {
+void values_of_rows(const Work<T>& w, const Tile<T>& tile, int row) {
   int c = 0;
-  for (; c + NV * VW <= w.ldo(); c += NV * VW) values<T, M, NV>(w, row, key, num_keys, c);
-  for (; c < w.ldo(); c += VW) values<T, M, 1>(w, row, key, num_keys, c);
+  for (; c + NV * VW <= w.ldo(); c += NV * VW) values<T, M, NV>(w, tile, row, c);
+  for (; c < w.ldo(); c += VW) values<T, M, 1>(w, tile, row, c);
 }
 
-// Scores in units of log2, so that the softmax is a 2^x; only border tiles need a mask.
-template <bool MASKED>
-vf scaled_scores(const AttentionArgs& a, float* s, int key, int first, int last) {
+// Brings border tiles and capped scores into plain form: masked keys become -infinity.
+void mask(const AttentionArgs& a, float* s, int key, int first, int last) {
   vi lane;
   for (int i = 0; i < VW; ++i) lane[i] = i;
-  vf best = splat(-INFINITY), scale = splat(a.softcap > 0.f ? a.scale : a.scale * LOG2E);
   for (int j = 0; j < TILE; j += VW) {
-    vf v = load(s + j) * scale;
-    if (a.softcap > 0.f) v = splat(a.softcap * LOG2E) * vtanh(v * splat(1.f / a.softcap));
-    if (MASKED) {
-      vi at = lane + (key + j);
-      vi visible = (at <= last) & (at >= first);
-      v = visible ? v : splat(-INFINITY);
-    }
-    store(s + j, v);
-    best = vmax(best, v);
+    vf v = load(s + j);
+    if (a.softcap > 0.f) v = splat(a.softcap) * vtanh(v * splat(a.scale / a.softcap));
+    vi at = lane + (key + j);
+    vi visible = (at <= last) & (at >= first);
+    store(s + j, visible ? v : splat(-INFINITY));
   }
-  return best;
 }
 
-// Scores -> probabilities, and the online-softmax update of m, l and O.
+// Scores -> probabilities 2^(s * factor - m), and the online-softmax update of m, l and O.
+// m is kept in units of log2, so the scale and log2(e) cost one fused multiply-add.
 template <class T>
 void soften(const Work<T>& w, int row, int key) {
   const AttentionArgs& a = w.a;
   int last = w.position(row), first = a.window > 0 ? last - a.window + 1 : 0;
   float* s = w.st.s + row * TILE;
   bool inside = key >= first && key + TILE - 1 <= last;
-  vf best = inside ? scaled_scores<false>(a, s, key, first, last)
-                   : scaled_scores<true>(a, s, key, first, last);
-  float m = max_of(best), old = w.st.m[row];
+  if (!inside || a.softcap > 0.f) mask(a, s, key, first, last);
+  float factor = a.softcap > 0.f ? LOG2E : a.scale * LOG2E;
+  vf best = load(s);
+  for (int j = VW; j < TILE; j += VW) best = vmax(best, load(s + j));
+  float m = max_of(best) * factor, old = w.st.m[row];
   m = m > old ? m : old;
   T* p = w.st.p + row * TILE;
   if (m == -INFINITY) {
@@ -162,7 +168,7 @@ void soften(const Work<T>& w, int row, int key) {
   }
   vf total = {};
   for (int j = 0; j < TILE; j += VW) {
-    vf e = vexp2(load(s + j) - splat(m));
+    vf e = vexp2<Elem<T>::P == 2>(load(s + j) * splat(factor) - splat(m));
     total += e;
     store(p + j, e);
   }
@@ -175,23 +181,24 @@ void soften(const Work<T>& w, int row, int key) {
 }
 
 template <class T, int M>
-void rows_of(const Work<T>& w, int m, int row, int key, int num_keys, bool first_pass) {
+void rows_of(const Work<T>& w, const Tile<T>& tile, int m, int row, bool first_pass) {
   if (m == M) {
-    if (!first_pass) return values_of_rows<T, M>(w, row, key, num_keys);
-    for (int col = 0; col < num_keys; col += NV * VW) scores<T, M>(w, row, key, col);
+    if (!first_pass) return values_of_rows<T, M>(w, tile, row);
+    for (int col = 0; col < tile.count; col += NV * VW) scores<T, M>(w, tile, row, col);
     return;
   }
-  if constexpr (M > 1) rows_of<T, M - 1>(w, m, row, key, num_keys, first_pass);
+  if constexpr (M > 1) rows_of<T, M - 1>(w, tile, m, row, first_pass);
 }
 
 template <class T>
 void one_tile(const Work<T>& w, int key, int num_keys) {
+  Tile<T> tile(w, key, num_keys);
   int rows = w.it.rows();
   for (int r = 0; r < rows; r += MR)
-    rows_of<T, MR>(w, rows - r < MR ? rows - r : MR, r, key, num_keys, true);
+    rows_of<T, MR>(w, tile, rows - r < MR ? rows - r : MR, r, true);
   for (int r = 0; r < rows; ++r) soften(w, r, key);
   for (int r = 0; r < rows; r += MR)
-    rows_of<T, MR>(w, rows - r < MR ? rows - r : MR, r, key, num_keys, false);
+    rows_of<T, MR>(w, tile, rows - r < MR ? rows - r : MR, r, false);
 }
 
 template <class T>

@@ -125,7 +125,9 @@ static inline vf vexp(vf x) {
   return (vf)(nan ? (vi)x : out);
 }
 
-// 2^x for x <= 0 (softmax): 0 exactly for -infinity, NaN for NaN. Relative error < 2e-7.
+// 2^x for x <= 0 (softmax): 0 exactly for -infinity, NaN for NaN. Relative error < 2e-7, or 3e-06
+// when SHORT (for results that are rounded to bfloat16, 2e-3).
+template <bool SHORT = false>
 static inline vf vexp2(vf x) {
   const vf lowest = splat(-200.f);
 #if defined(__AVX512F__)
@@ -136,13 +138,20 @@ static inline vf vexp2(vf x) {
   vf magic = splat(12582912.f);
   vf n = (x + magic) - magic;
 #endif
-  vf r = x - n;
-  vf p = splat(1.5353361871e-4f);
-  p = p * r + splat(1.3398874458e-3f);
-  p = p * r + splat(9.6184373577e-3f);
-  p = p * r + splat(5.5503324549e-2f);
-  p = p * r + splat(2.4022648453e-1f);
-  p = p * r + splat(6.9314720006e-1f);
+  vf r = x - n, p;
+  if (SHORT) {
+    p = splat(9.600395517e-03f);
+    p = p * r + splat(5.591689383e-02f);
+    p = p * r + splat(2.402371846e-01f);
+    p = p * r + splat(6.931219948e-01f);
+  } else {
+    p = splat(1.5353361871e-4f);
+    p = p * r + splat(1.3398874458e-3f);
+    p = p * r + splat(9.6184373577e-3f);
+    p = p * r + splat(5.5503324549e-2f);
+    p = p * r + splat(2.4022648453e-1f);
+    p = p * r + splat(6.9314720006e-1f);
+  }
   p = p * r + splat(1.f);
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
