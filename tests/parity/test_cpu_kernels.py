@@ -203,3 +203,23 @@ def test_training_attention_equals_serving_attention_to_the_bit(dtype):
     trained = ops.attention(torch.cat(full), starts, 6, 2, 64, 0.125)
     for i, (out, (_, new)) in enumerate(zip(outs, CONTEXT, strict=True)):
         assert torch.equal(trained[starts[i + 1] - new : starts[i + 1]], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_dequantize_equals_the_reference_to_the_bit(dtype, kind):
+    from sterna.core.gguf_types import GGMLType, block_layout
+    from sterna.model.dequant import dequantize
+
+    backend, block_type = CpuBackend(2), GGMLType[kind]
+    torch.manual_seed(7)
+    size = block_layout(block_type)[1]
+    raw = torch.randint(0, 256, (9000, size), dtype=torch.uint8)
+    raw[:, 1] &= 0x3B  # scales that are finite float16 numbers, some of them denormal
+    raw[:, 3] &= 0x3B
+    got = backend.dequantize(raw, int(block_type), dtype)
+    assert torch.equal(got, dequantize(raw.view(-1), block_type).to(dtype))
+
+
+def test_dequantize_has_no_kernel_for_other_types():
+    assert CpuBackend(1).dequantize(torch.zeros(1, 144, dtype=torch.uint8), 12, DTYPES[0]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,10 +33,11 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     path = resolve_model(model)
     set_threads(config.threads)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    loaded = load_model(path, dtype=dtype, device=config.device)
-    tokenizer = load_tokenizer(path)
-    decoder = loaded.decoder
-    decoder.prepare_inference()
+    with ThreadPoolExecutor(1) as beside:  # loading weights leaves a core to the tokenizer
+        tokenizer_loading = beside.submit(load_tokenizer, path)
+        decoder = load_model(path, dtype=dtype, device=config.device).decoder
+        decoder.prepare_inference()
+        tokenizer = tokenizer_loading.result()
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
     engine = Engine(decoder, tokenizer, config, shape, grammars)

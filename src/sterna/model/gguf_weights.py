@@ -12,7 +12,7 @@ from torch import Tensor
 from sterna.core.errors import ModelFileError, UnsupportedModelError
 from sterna.core.gguf import GGUFFile
 from sterna.model.config import ModelConfig
-from sterna.model.dequant import SUPPORTED_TYPES, dequantize
+from sterna.model.dequant import SUPPORTED_TYPES, dequantize, dequantize_as
 
 
 class GGUFSource:
@@ -34,10 +34,10 @@ class GGUFSource:
                 f"{', '.join(kind.name for kind in SUPPORTED_TYPES)}"
             )
         raw = torch.from_numpy(self._file.tensor_bytes(name).copy())  # torch wants writable
-        value = dequantize(raw, info.type).view(info.shape)
         if self._config.family.gguf_adds_one and name.endswith("norm.weight"):
-            value = value.float() - 1.0
-        value = value.to(dtype)
+            value = (dequantize(raw, info.type).float() - 1.0).to(dtype).view(info.shape)
+        else:
+            value = dequantize_as(raw, info.type, dtype).view(info.shape)
         return self._unpermuted(name, value) if self._config.family.gguf_permutes_qk else value
 
     def _unpermuted(self, name: str, value: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 import errno
 import gc
+import importlib
 import ipaddress
 import logging
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -113,7 +115,13 @@ def _load(config: ServerConfig) -> AsyncEngine:
     from sterna.engine.aio import AsyncEngine
     from sterna.engine.build import build_engine
 
-    return AsyncEngine(build_engine(config.model, config.engine))
+    # Reading weights leaves the interpreter free: the HTTP layer's imports run beside it.
+    beside = threading.Thread(target=importlib.import_module, args=("sterna.server.app",))
+    beside.start()
+    try:
+        return AsyncEngine(build_engine(config.model, config.engine))
+    finally:
+        beside.join()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "sample.h"
 #include "tape.h"
+#include "weights.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -51,12 +52,14 @@ class Kernels {
     tape.run(pool_, *table_, Step{{tokens, rows}, seqs}, &seconds);
     return seconds;
   }
-  void sample(const SampleArgs& args, int rows) {
+  // Runs do(unit) for every unit, on all threads, without Python's lock.
+  template <class F>
+  void each(int num_units, F run_unit) {
     nb::gil_scoped_release release;
     Job job;
     job.num_stages = 1;
-    job.units = [&](int) { return rows; };
-    job.run = [&](int, int row, const Worker&) { sample_row(args, row); };
+    job.units = [&](int) { return num_units; };
+    job.run = [&](int, int unit, const Worker&) { run_unit(unit); };
     pool_.run(job);
   }
 
@@ -153,9 +156,20 @@ NB_MODULE(_cpu, m) {
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   k.def("sample", [](Kernels& self, Addr logits, Addr out_ids, Addr out_logprobs, Addr flags,
                      int rows, int vocab) {
-    self.sample(SampleArgs{ptr<float>(logits), ptr<int32_t>(out_ids), ptr<float>(out_logprobs),
-                           ptr<int32_t>(flags), vocab}, rows);
+    SampleArgs args{ptr<float>(logits), ptr<int32_t>(out_ids), ptr<float>(out_logprobs),
+                    ptr<int32_t>(flags), vocab};
+    self.each(rows, [&](int row) { sample_row(args, row); });
   }, "logits"_a, "out_ids"_a, "out_logprobs"_a, "flags"_a, "rows"_a, "vocab"_a);
+  k.def("dequantize", [](Kernels& self, Addr blocks, Addr out, int64_t num_blocks, int type,
+                         int is_bf16) {
+    DequantArgs args{ptr<uint8_t>(blocks), ptr<void>(out), num_blocks, BlockType(type), is_bf16};
+    self.each(int((num_blocks + DEQUANT_UNIT - 1) / DEQUANT_UNIT),
+              [&](int unit) { dequantize_unit(args, unit); });
+  }, "blocks"_a, "out"_a, "num_blocks"_a, "type"_a, "is_bf16"_a);
+  k.def("pack", [](Kernels& self, Addr weight, Addr out, int rows, int cols, int elem_bytes) {
+    PackArgs args{ptr<void>(weight), ptr<void>(out), rows, cols, elem_bytes};
+    self.each((rows + PANEL - 1) / PANEL, [&](int panel) { pack_panel_unit(args, panel); });
+  }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
   bind_row_ops(k);
   bind_matrix_ops(k);
   bind_attention_ops(k);
