@@ -135,7 +135,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 def _map(path: Path) -> memoryview:
     try:
         with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except ValueError as error:  # mmap refuses length 0
         raise ModelFileError(f"{path}: the file is empty; fetch it again") from error
     except OSError as error:

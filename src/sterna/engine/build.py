@@ -31,13 +31,14 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     model or the memory), KernelError (a forced kernel level is not available).
     """
     path = resolve_model(model)
-    set_threads(config.threads)
+    set_threads(1)  # idle kernel threads would spin on the core that the imports need
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with ThreadPoolExecutor(1) as beside:  # loading weights leaves a core to the tokenizer
         tokenizer_loading = beside.submit(load_tokenizer, path)
         decoder = load_model(path, dtype=dtype, device=config.device).decoder
-        decoder.prepare_inference()
         tokenizer = tokenizer_loading.result()
+    set_threads(config.threads)
+    decoder.prepare_inference()
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
     engine = Engine(decoder, tokenizer, config, shape, grammars)

@@ -33,7 +33,7 @@ class GGUFSource:
                 f"{self.label}: tensor {name!r} has type {info.type.name}; supported: "
                 f"{', '.join(kind.name for kind in SUPPORTED_TYPES)}"
             )
-        raw = torch.from_numpy(self._file.tensor_bytes(name).copy())  # torch wants writable
+        raw = torch.from_numpy(self._file.tensor_bytes(name))
         if self._config.family.gguf_adds_one and name.endswith("norm.weight"):
             value = (dequantize(raw, info.type).float() - 1.0).to(dtype).view(info.shape)
         else:

@@ -45,18 +45,44 @@ Layout layout_of(BlockType type) {
   }
 }
 
-// q[32] of one block, as floats.
-void integers(BlockType type, const Layout& l, const uint8_t* block, float* q) {
-  const uint8_t* packed = block + l.quants;
-  if (type == BlockType::Q8_0) {
-    for (int i = 0; i < 32; ++i) q[i] = float(int8_t(packed[i]));
-    return;
+template <class Out>
+Out rounded(float f);
+template <>
+float rounded<float>(float f) { return f; }
+template <>
+uint16_t rounded<uint16_t>(float f) { return round_to_bf16(f); }
+
+// A block has few distinct values: 16 or 32 are computed, the elements are looked up.
+template <class Out>
+void look_up(const Layout& l, const uint8_t* block, Out* out) {
+  float d = half_to_float(block), m = l.has_min ? half_to_float(block + 2) : 0.f;
+  Out table[32];
+  for (int q = 0; q < (l.has_fifth_bit ? 32 : 16); ++q) {
+    float product = (float(q) - l.offset) * d;
+    table[q] = rounded<Out>(l.has_min ? product + m : product);
   }
+  const uint8_t* packed = block + l.quants;
   uint32_t fifth = 0;
   if (l.has_fifth_bit) std::memcpy(&fifth, packed - 4, 4);
   for (int i = 0; i < 16; ++i) {
-    q[i] = float((packed[i] & 15) | (fifth >> i & 1) << 4) - l.offset;
-    q[i + 16] = float((packed[i] >> 4) | (fifth >> (i + 16) & 1) << 4) - l.offset;
+    out[i] = table[(packed[i] & 15) | (fifth >> i & 1) << 4];
+    out[i + 16] = table[(packed[i] >> 4) | (fifth >> (i + 16) & 1) << 4];
+  }
+}
+
+template <class Out>
+void scale_bytes(const uint8_t* block, Out* out) {
+  float d = half_to_float(block);
+  for (int i = 0; i < 32; ++i) out[i] = rounded<Out>(float(int8_t(block[2 + i])) * d);
+}
+
+template <class Out>
+void dequantize_range(const DequantArgs& a, int64_t begin, int64_t end) {
+  Layout l = layout_of(a.type);
+  Out* out = static_cast<Out*>(a.out);
+  for (int64_t b = begin; b < end && b < a.num_blocks; ++b) {
+    const uint8_t* block = a.blocks + b * l.bytes;
+    a.type == BlockType::Q8_0 ? scale_bytes(block, out + b * 32) : look_up(l, block, out + b * 32);
   }
 }
 
@@ -64,20 +90,8 @@ void integers(BlockType type, const Layout& l, const uint8_t* block, float* q) {
 
 // Built without fused multiply-add: the reference rounds the product, then the sum.
 void dequantize_unit(const DequantArgs& a, int unit) {
-  Layout l = layout_of(a.type);
-  int64_t end = (unit + 1) * DEQUANT_UNIT;
-  for (int64_t b = unit * DEQUANT_UNIT; b < end && b < a.num_blocks; ++b) {
-    const uint8_t* block = a.blocks + b * l.bytes;
-    float d = half_to_float(block), m = l.has_min ? half_to_float(block + 2) : 0.f, q[32];
-    integers(a.type, l, block, q);
-    for (int i = 0; i < 32; ++i) {
-      float value = l.has_min ? q[i] * d + m : q[i] * d;
-      if (a.is_bf16)
-        static_cast<uint16_t*>(a.out)[b * 32 + i] = round_to_bf16(value);
-      else
-        static_cast<float*>(a.out)[b * 32 + i] = value;
-    }
-  }
+  int64_t begin = unit * DEQUANT_UNIT, end = begin + DEQUANT_UNIT;
+  a.is_bf16 ? dequantize_range<uint16_t>(a, begin, end) : dequantize_range<float>(a, begin, end);
 }
 
 // Both layouts move 4-byte units: a float, or a pair of bfloat16.
