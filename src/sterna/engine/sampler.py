@@ -1,4 +1,4 @@
-"""Choose the next token of each row. The reference; a native sampler must give the same tokens.
+"""Choose the next token of each row. The reference of kernels/sampling.py, which does steps 3 to 6.
 
 A row goes through, in this order (V logits l, float32):
 
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from sterna.core.errors import StepError, SternaError
 from sterna.engine.request import SamplingParams, TokenLogprob
 from sterna.engine.rng import uniform
+from sterna.kernels.sampling import Draw, draw
 
 # Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
 GREEDY_BELOW = 1e-5
@@ -92,7 +93,9 @@ def sample(
     """
     if all(plan.is_plain_greedy for plan in plans):
         return _sample_greedy(logits, rows)
-    return [_sample_row(logits[row], plan) for row, plan in zip(rows, plans, strict=True)]
+    drawn = _draw_free(logits, rows, plans)
+    jobs = enumerate(zip(rows, plans, strict=True))
+    return [_sample_row(logits[row], plan, drawn.get(i)) for i, (row, plan) in jobs]
 
 
 def token_logprob(row: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob:
@@ -119,13 +122,32 @@ def _sample_greedy(logits: NDArray[np.float32], rows: Sequence[int]) -> list[Sam
     return [Sampled(tokens[row]) if sound[row] else _broken_row() for row in rows]
 
 
-def _sample_row(raw: NDArray[np.float32], plan: RowPlan) -> Sampled:
-    if not np.isfinite(raw.max()):  # max propagates NaN
+def _draw_free(
+    logits: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
+) -> dict[int, int]:
+    """Tokens of the rows that need no processing, by one native call on all threads; or none."""
+    free = [i for i, plan in enumerate(plans) if plan.is_free]
+    tokens = draw(logits, [_as_draw(rows[i], plans[i]) for i in free]) if free else None
+    return {} if tokens is None else dict(zip(free, tokens, strict=True))
+
+
+def _as_draw(row: int, plan: RowPlan) -> Draw:
+    p = plan.params
+    share = 0.0 if is_greedy(p) else uniform(plan.seed, plan.sample_idx, len(plan.output))
+    return Draw(row, p.temperature, p.top_k, p.top_p, p.min_p, share)
+
+
+def _sample_row(raw: NDArray[np.float32], plan: RowPlan, drawn: int | None) -> Sampled:
+    """`drawn`: the token if a native draw has found it already, -1 for a broken row."""
+    if drawn == -1 or (drawn is None and not np.isfinite(raw.max())):  # max propagates NaN
         return _broken_row()
-    row = raw if plan.is_free else _process(raw, plan)
-    if row is None:
-        return Sampled(-1, error=StepError("the request's constraints leave no token to choose"))
-    token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
+    token_id = drawn
+    if token_id is None:
+        row = raw if plan.is_free else _process(raw, plan)
+        if row is None:
+            problem = "the request's constraints leave no token to choose"
+            return Sampled(-1, error=StepError(problem))
+        token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
     num_top = plan.params.logprobs
     return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
 
@@ -190,7 +212,13 @@ def _penalise(row: NDArray[np.float32], plan: RowPlan) -> None:
 
 
 def _draw(row: NDArray[np.float32], plan: RowPlan) -> int:
-    """Steps 3 to 6."""
+    """Steps 3 to 6: natively where that is possible, so that one request has one sampler."""
+    tokens = draw(row[None], [_as_draw(0, plan)])
+    return reference_draw(row, plan) if tokens is None else tokens[0]
+
+
+def reference_draw(row: NDArray[np.float32], plan: RowPlan) -> int:
+    """Steps 3 to 6 in numpy."""
     ids, probs = _probabilities(row, plan.params)
     place = _invert_cdf(probs, uniform(plan.seed, plan.sample_idx, len(plan.output)))
     return place if ids is None else int(ids[place])

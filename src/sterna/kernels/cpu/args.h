@@ -88,6 +88,17 @@ struct AttentionArgs {
   float scale, softcap;
 };
 
+struct DrawArgs {
+  const float* logits;  // [rows, vocab]
+  const int32_t* row_ids;  // [R]  the row of each draw; rows may repeat
+  const float *temperature, *top_p, *min_p;  // [R]
+  const int32_t* top_k;                      // [R]  0 = off
+  const double* uniform;                     // [R]  in [0, 1)
+  int32_t* ids;                              // [R]  the token; -1 for a row that is not finite
+  int32_t vocab;  // at most MAX_DRAW_VOCAB
+};
+constexpr int32_t MAX_DRAW_VOCAB = SCRATCH_BYTES / 16;
+
 // A cache block holds, per key/value head, keys in panels of 16 tokens, [C / P][16][P], then
 // values [block_size / P][C][P], where P = 2 for bfloat16 (pairs feed one dot instruction) and
 // 1 for float32. Both are the B operand of the same micro-kernel: lanes run over keys in q.K and
@@ -114,6 +125,7 @@ struct KernelTable {
   Kernel<SelectArgs> select;
   Kernel<RopeArgs> rope;
   Kernel<AttentionArgs> attention;
+  Kernel<DrawArgs> draw;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

@@ -12,6 +12,7 @@ Kernel<ActivateArgs> activate_kernel();
 Kernel<SelectArgs> select_kernel();
 Kernel<RopeArgs> rope_kernel();
 Kernel<AttentionArgs> attention_kernel();
+Kernel<DrawArgs> draw_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

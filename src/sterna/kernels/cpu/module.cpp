@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "dispatch.h"
-#include "sample.h"
 #include "tape.h"
 #include "weights.h"
 
@@ -154,12 +153,15 @@ NB_MODULE(_cpu, m) {
   k.def_prop_ro("threads", &Kernels::threads);
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
-  k.def("sample", [](Kernels& self, Addr logits, Addr out_ids, Addr out_logprobs, Addr flags,
-                     int rows, int vocab) {
-    SampleArgs args{ptr<float>(logits), ptr<int32_t>(out_ids), ptr<float>(out_logprobs),
-                    ptr<int32_t>(flags), vocab};
-    self.each(rows, [&](int row) { sample_row(args, row); });
-  }, "logits"_a, "out_ids"_a, "out_logprobs"_a, "flags"_a, "rows"_a, "vocab"_a);
+  m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  k.def("draw", [](Kernels& self, Addr logits, Addr row_ids, Addr temperature, Addr top_k,
+                   Addr top_p, Addr min_p, Addr uniform, Addr ids, int count, int vocab) {
+    DrawArgs args{ptr<float>(logits), ptr<int32_t>(row_ids), ptr<float>(temperature),
+                  ptr<float>(top_p), ptr<float>(min_p), ptr<int32_t>(top_k),
+                  ptr<double>(uniform), ptr<int32_t>(ids), vocab};
+    self.submit(nullptr, args, 0, count, 0);
+  }, "logits"_a, "row_ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
+     "ids"_a, "count"_a, "vocab"_a);
   k.def("dequantize", [](Kernels& self, Addr blocks, Addr out, int64_t num_blocks, int type,
                          int is_bf16) {
     DequantArgs args{ptr<uint8_t>(blocks), ptr<void>(out), num_blocks, BlockType(type), is_bf16};

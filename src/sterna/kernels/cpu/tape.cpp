@@ -13,9 +13,10 @@ const auto& kernel(const KernelTable& t, const ActivateArgs&) { return t.activat
 const auto& kernel(const KernelTable& t, const SelectArgs&) { return t.select; }
 const auto& kernel(const KernelTable& t, const RopeArgs&) { return t.rope; }
 const auto& kernel(const KernelTable& t, const AttentionArgs&) { return t.attention; }
+const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention"};
+                                 "attention", "draw"};
 
 }  // namespace
 
