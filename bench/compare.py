@@ -27,6 +27,7 @@ from peers.served import measure_server, write_prompts
 from peers.setup import ROOT, is_ready, versions
 from peers.table import as_markdown
 from peers.weights import default_gguf, prepare
+from sterna.core.lookup import unknown
 from sterna.core.machine import fingerprint
 from sterna.text.tokenizer import load_tokenizer
 
@@ -90,7 +91,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cores = sorted(os.sched_getaffinity(0))[:2]
     parser.add_argument("--cores", default=",".join(map(str, cores)))
     parser.add_argument("--out", default=str(ROOT / "bench" / "results"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for kind, given, known in (
+        ("peer", args.peers, SPECS),
+        ("case", args.cases, (*CASES, "first_token", "server")),
+    ):
+        for name in given.split(","):
+            if name not in known:
+                parser.error(unknown(kind, name, known))
+    return args
 
 
 def _is_installed(name: str) -> bool:
