@@ -21,9 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import sterna
-
-SRC = Path(sterna.__path__[0]).parent
+SRC = Path(__file__).parents[2] / "src"
 START_TIMEOUT_S = 120
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 2, 16, 128, 2
 VOCAB = 272  # 256 bytes, the end token, and padding to a multiple of 16

@@ -23,9 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-import sterna
-
-WEB = Path(sterna.__path__[0]) / "server" / "web"
+WEB = Path(__file__).parents[2] / "src" / "sterna" / "server" / "web"
 CSP = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
 TOKEN_BUDGET = 256
 

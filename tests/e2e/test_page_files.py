@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import sterna
-
-WEB = Path(sterna.__path__[0]) / "server" / "web"
+WEB = Path(__file__).parents[2] / "src" / "sterna" / "server" / "web"
 SCRIPTS = sorted(WEB.glob("js/*.js"))
 FILES = sorted(path for path in WEB.rglob("*") if path.suffix in {".js", ".css", ".html", ".svg"})
 

@@ -7,6 +7,8 @@ logits are compared where they chose a token. It loads the folder that we save f
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -79,8 +81,21 @@ def test_twenty_prompts_equal_transformers(path, reference, paged):
             ids = torch.tensor([prompt + sequence[:-1]])
             theirs = reference(ids, logits_to_keep=STEPS).logits[0]
         assert sequence == theirs.argmax(-1).tolist(), tokenizer.decode(prompt)
-        worst = max(worst, float((ours - theirs).abs().max()))
-    assert worst <= TOLERANCE
+        difference = float((ours - theirs).abs().max())
+        worst = max(worst, difference)
+        # Their own rounding reaches 9.5e-5 against float64. Where the two float32 results part by
+        # more than the tolerance, float64 decides who is off: it may not be us.
+        if difference > TOLERANCE:
+            exact = exact_logits(reference, ids)
+            assert (ours - exact).abs().max() <= min(TOLERANCE, (theirs - exact).abs().max())
+    print(f"worst logit difference {worst:.2e}")
+    assert worst <= 2 * TOLERANCE
+
+
+def exact_logits(reference, ids):
+    """The reference's logits in float64."""
+    with torch.inference_mode():
+        return copy.deepcopy(reference).double()(ids, logits_to_keep=STEPS).logits[0]
 
 
 def test_the_model_knows_the_capital_of_italy(path, paged):

@@ -209,10 +209,10 @@ void write_out(const Work<T>& w) {
     int head = w.it.first_head + r % w.it.num_heads;
     T* out = static_cast<T*>(w.a.out) + (token * w.a.num_heads + head) * C;
     const float* o = w.st.o + int64_t(r) * w.ldo();
-    float inv = 1.f / w.st.l[r];
+    float l = w.st.l[r];
     int c = 0;
-    for (; c + VW <= C; c += VW) store(out + c, load(o + c) * splat(inv));
-    for (; c < C; ++c) store_one(out + c, o[c] * inv);
+    for (; c + VW <= C; c += VW) store(out + c, load(o + c) / splat(l));
+    for (; c < C; ++c) store_one(out + c, o[c] / l);
   }
 }
 

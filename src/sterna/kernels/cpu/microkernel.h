@@ -18,7 +18,7 @@ template <> struct Elem<bf16> { static constexpr int P = 2; };
 // float32 sums are taken in runs of this many products, then added up: the rounding error of a
 // sum grows with its length, and one chain of 1,536 strays 1.6e-4 from the exact logits of
 // SmolLM2 where 1e-4 is the bound.
-constexpr int RUN = 64;
+constexpr int RUN = 16;
 
 // b[j] points at vector j of k step 0; b_step is the distance of k steps in elements.
 template <int MR, int NV>
