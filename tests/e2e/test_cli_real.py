@@ -32,10 +32,10 @@ def test_complete_and_chat_answer_with_the_default_model():
     assert "Paris" in done.stdout
     done = _run(
         "chat", "--max-tokens", "12", "--temperature", "0", *SMALL,
-        stdin="What is the capital of France?\n/stats\n/quit\n",
+        stdin="What is the capital of Japan?\n/stats\n/quit\n",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
+    assert "Tokyo" in done.stdout
     assert "first token after" in done.stdout
 
 

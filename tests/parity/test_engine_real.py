@@ -64,9 +64,9 @@ def test_bits_do_not_depend_on_the_surroundings(alone, settings):
 
 def test_offline_api():
     with LLM(num_kv_blocks=100, token_budget=128, threads=1) as llm:
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        question = [{"role": "user", "content": "What is the capital of Japan?"}]
         (chat,) = llm.chat(question, GREEDY)
-        assert "Paris" in chat.text
+        assert "Tokyo" in chat.text
         streamed = list(llm.stream(PROMPTS[0], GREEDY))
         (whole,) = llm.generate(PROMPTS[0], GREEDY)
         assert "".join(delta.text for delta in streamed) == whole.text

@@ -26,6 +26,7 @@ from sterna.core.errors import (
 from sterna.core.log import get_logger
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, RequestOutput, StepStats
+from sterna.engine.stats import RetrySlots
 from sterna.engine.stream import Stream
 from sterna.engine.validate import Limits
 from sterna.text.tokenizer import Tokenizer
@@ -83,6 +84,7 @@ class AsyncEngine:
         self._num_taken = 0  # ... and those it has queued in the engine
         self._tokens_taken = 0
         self._last_progress = time.monotonic()
+        self._slots = RetrySlots()
         self._is_draining = False
         self._failure: BaseException | None = None
         self._all_done = asyncio.Event()
@@ -135,12 +137,20 @@ class AsyncEngine:
         RequestError, ContextLengthError: it can never be served. OverloadedError: the queue is
         full, with the predicted wait. ShuttingDownError, EngineDownError: nothing is served.
         """
+        self.check_room()
+        self.engine.check(request)
+        self._check_queue(len(request.prompt_token_ids))
+
+    def check_room(self) -> None:
+        """Raise if no request at all would be queued now, as `check_admission` does.
+
+        To be asked before a prompt is rendered and tokenized: refusing must stay cheap.
+        """
         if self._failure is not None:
             raise self._down_error()
         if self._is_draining:
             raise ShuttingDownError("the server is shutting down; ask another one")
-        self.engine.check(request)
-        self._check_queue(len(request.prompt_token_ids))
+        self._check_queue(0)
 
     def health(self) -> None:
         """Raise EngineDownError when the thread has ended or makes no progress; else return."""
@@ -210,6 +220,9 @@ class AsyncEngine:
             # A prompt longer than the limit is taken when nothing else waits.
             if count and count + new > limit:
                 wait = self.engine.predict_wait_s(load.num_waiting, queued_tokens)
+                # Half the places that become free are left to clients who come for the first time.
+                interval = 2 * wait / max(load.num_waiting, 1)
+                wait = self._slots.take(time.monotonic(), wait, interval)
                 raise OverloadedError(
                     f"the queue holds {count:,} {what}, limit {limit:,}; "
                     f"try again in about {wait:.1f} s",

@@ -110,6 +110,7 @@ async def _prepare(service: Service, body: ChatBody) -> ChatJob:
     model = service.model.check(body.model)
     plan = plan_tools(body, service.tool_style)
     _check_fields(body)
+    service.engine.check_room()
     prompt = await service.prompts.chat_ids(
         body.messages,
         plan.tools,

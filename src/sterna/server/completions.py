@@ -113,6 +113,7 @@ async def answer_completion(service: Service, request: Request) -> Response:
 async def _prepare(service: Service, body: CompletionBody) -> CompletionJob:
     model = service.model.check(body.model)
     check_stream_fields(body.stream, body.stream_options, body.prompt_logprobs)
+    service.engine.check_room()
     prompts, texts = await _prompts(service, body)
     _check_size(len(prompts) * (body.n or 1))
     params = _params(body)

@@ -18,7 +18,7 @@ from sterna.engine.budget import (
     save_curve,
 )
 from sterna.engine.request import StepStats
-from sterna.engine.stats import SpeedMeter
+from sterna.engine.stats import MAX_WAIT_S, RetrySlots, SpeedMeter
 
 
 def curve(times):
@@ -101,3 +101,12 @@ def test_predicted_wait_follows_the_measured_speed():
     # ten requests end a second: 30 waiting for a place take 3 s, whatever their prompts
     assert meter.predict_wait_s(30, 10, False) == pytest.approx(3.0, rel=0.1)
     assert meter.predict_wait_s(30, 10, True) == pytest.approx(0.1)
+
+
+def test_refused_clients_get_slots_one_behind_the_other():
+    slots = RetrySlots()
+    waits = [slots.take(100.0, 0.5, 0.1) for _ in range(4)]
+    assert waits == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    # ... which time takes away: a minute later nobody waits for those who never came back.
+    assert slots.take(160.0, 0.5, 0.1) == pytest.approx(0.5)
+    assert max(slots.take(160.0, 0.5, 10.0) for _ in range(100)) == MAX_WAIT_S

@@ -107,6 +107,9 @@ class FakeAsyncEngine:
             self.aborted.append(request_id)
             self.running.discard(request_id)
 
+    def check_room(self):
+        """Room for any request at all."""
+
     def check_admission(self, request):
         check_params(request.params, self.limits.vocab_size)
         check_prompt(request, self.limits)
