@@ -31,9 +31,12 @@ def fake_process() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def fake(fake_process: FakeServer) -> FakeServer:
-    """The scripted server with its switches back at their defaults."""
-    defaults = FakeServer(url=fake_process.url, watchers=fake_process.watchers)
-    for name in FakeServer.__dataclass_fields__:
+    """The scripted server with its switches back at their defaults.
+
+    `watchers` is the server thread's own count: written here, a decrement could be lost.
+    """
+    defaults = FakeServer(url=fake_process.url)
+    for name in FakeServer.__dataclass_fields__.keys() - {"watchers"}:
         setattr(fake_process, name, getattr(defaults, name))
     return fake_process
 
