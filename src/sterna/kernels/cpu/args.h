@@ -99,6 +99,47 @@ struct DrawArgs {
 };
 constexpr int32_t MAX_DRAW_VOCAB = SCRATCH_BYTES / 16;
 
+// A weight in tiles (quant/formats.py): 16 output rows x 64 k each, [R, K64, 128 * bits] bytes.
+enum ScaleKind : int32_t { SCALE_F32 = 0, SCALE_F16 = 1, SCALE_E8M0 = 2 };
+struct QuantWeight {
+  const uint8_t* tiles;
+  const void* scales;          // [R, G, 16]
+  const float* table;          // [1 or 2, 2^bits]: the value of each code
+  const uint8_t* row_formats;  // [R, 16] which table, or null
+  int32_t bits, group, scale_kind, in_features;  // group: k a scale, 0 = one a row
+};
+
+struct QuantLinearArgs {
+  const void* x;  // [rows, in] of dtype; int8: rows of QuantRowsArgs
+  QuantWeight w;
+  const void* bias;      // [N] or null
+  const void* residual;  // [rows, N] or null
+  void* out;             // [rows, N]; gated: of gate blocks, then up blocks
+  int32_t rows_kind, dtype, out_features, gate, out_f32;
+  float softcap, scale;
+  float int8_unit;  // int8 mode: every value of the table is a whole number of it; else 0
+};
+
+struct QuantEmbedArgs {
+  const int32_t* tokens;
+  QuantWeight w;
+  void* out;
+  int32_t rows_kind, dtype;
+  float scale;
+};
+
+// x [rows, in] -> [rows, int8_row_bytes(in)]: int8 in the tiles' byte order, zero padded; the
+// running sums of its 32-element groups int32 [2 * K64 + 1]; its scale float32 (absmax / 127).
+struct QuantRowsArgs {
+  const void* x;
+  uint8_t* out;
+  int32_t rows_kind, dtype, in_features;
+};
+inline int64_t int8_row_bytes(int64_t in_features) {
+  int64_t tiles = (in_features + 63) / 64;
+  return (tiles * 64 + (2 * tiles + 2) * 4 + 63) / 64 * 64;
+}
+
 // A cache block holds, per key/value head, keys in panels of 16 tokens, [C / P][16][P], then
 // values [block_size / P][C][P], where P = 2 for bfloat16 (pairs feed one dot instruction) and
 // 1 for float32. Both are the B operand of the same micro-kernel: lanes run over keys in q.K and
@@ -126,6 +167,9 @@ struct KernelTable {
   Kernel<RopeArgs> rope;
   Kernel<AttentionArgs> attention;
   Kernel<DrawArgs> draw;
+  Kernel<QuantLinearArgs> quant_linear;
+  Kernel<QuantEmbedArgs> quant_embed;
+  Kernel<QuantRowsArgs> quant_rows;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.
@@ -135,5 +179,6 @@ const KernelTable* baseline_table();
 const KernelTable* avx2_table();
 const KernelTable* avx512_table();
 const KernelTable* avx512bf16_table();
+const KernelTable* avx512vnni_table();
 
 }  // namespace sterna

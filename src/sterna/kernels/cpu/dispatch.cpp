@@ -9,7 +9,10 @@ std::vector<const KernelTable*> runnable_tables() {
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("fma");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(avx512bf16_table());
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+    tables.push_back(avx512vnni_table());
+  if (bf16) tables.push_back(avx512bf16_table());
   if (avx512) tables.push_back(avx512_table());
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     tables.push_back(avx2_table());

@@ -13,6 +13,9 @@ Kernel<SelectArgs> select_kernel();
 Kernel<RopeArgs> rope_kernel();
 Kernel<AttentionArgs> attention_kernel();
 Kernel<DrawArgs> draw_kernel();
+Kernel<QuantLinearArgs> quant_linear_kernel();
+Kernel<QuantEmbedArgs> quant_embed_kernel();
+Kernel<QuantRowsArgs> quant_rows_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

@@ -5,6 +5,7 @@
 // L1/L2 cache.
 // Road not taken: lanes along K with a horizontal sum at the end. It reads plain [N, K] weights
 // directly, but 512 rows then need another order than 1 row, or lose half the speed.
+#include "epilogue.h"
 #include "kernels.h"
 #include "microkernel.h"
 
@@ -56,37 +57,6 @@ const T* panel(const Job<T>& job, int index, bool second, int slot) {
   T* dst = reinterpret_cast<T*>(job.w.scratch) + slot * job.panel_elems();
   return pack_panel(job, base + index * PANEL, base + job.a.out_features, dst);
 }
-
-template <class T>
-void store_cols(T* out, vf v, int cols) {
-  if (cols >= VW) return store(out, v);
-  float lanes[VW];
-  store(lanes, v);
-  for (int i = 0; i < cols; ++i) store_one(out + i, lanes[i]);
-}
-
-template <class T>
-vf load_cols(const T* p, int cols) {
-  if (cols >= VW) return load(p);
-  float lanes[VW] = {};
-  for (int i = 0; i < cols; ++i) lanes[i] = to_float(p[i]);
-  return load(lanes);
-}
-
-template <class T>
-void finish(const LinearArgs& a, int row, int col, vf v) {
-  int cols = a.out_features - col;
-  if (cols <= 0) return;
-  if (a.bias) v += load_cols(static_cast<const T*>(a.bias) + col, cols);
-  int64_t at = int64_t(row) * a.out_features + col;
-  if (a.residual) v += load_cols(static_cast<const T*>(a.residual) + at, cols);
-  if (!a.out_f32) return store_cols(static_cast<T*>(a.out) + at, v, cols);
-  if (a.scale != 1.f) v *= splat(a.scale);
-  if (a.softcap > 0.f) v = splat(a.softcap) * vtanh(v * splat(1.f / a.softcap));
-  store_cols(static_cast<float*>(a.out) + at, v, cols);
-}
-
-inline vf gated(int gate, vf g, vf u) { return (gate == ACT_SILU ? vsilu(g) : vgelu_tanh(g)) * u; }
 
 // MR rows x NP panels, all column groups. For a gated call b[0] is the gate and b[1] is up.
 template <class T, int MR, int NP>

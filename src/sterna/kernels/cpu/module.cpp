@@ -108,6 +108,40 @@ void bind_matrix_ops(nb::class_<Kernels>& k) {
      "softcap"_a, "scale"_a);
 }
 
+QuantWeight quant_weight(Addr tiles, Addr scales, Addr table, Addr row_formats, int bits, int group,
+                         int scale_kind, int in) {
+  return {ptr<uint8_t>(tiles), ptr<void>(scales), ptr<float>(table), ptr<uint8_t>(row_formats),
+          bits, group, scale_kind, in};
+}
+#define WEIGHT "tiles"_a, "scales"_a, "table"_a, "row_formats"_a, "bits"_a, "group"_a, \
+               "scale_kind"_a, "in_features"_a
+
+void bind_quant_ops(nb::class_<Kernels>& k) {
+  k.def("quant_linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr tiles,
+                           Addr scales, Addr table, Addr row_formats, int bits, int group,
+                           int scale_kind, int in, Addr bias, Addr residual, Addr out, int kind,
+                           int dtype, int out_features, int gate, int out_f32, float softcap,
+                           float scale, float int8_unit) {
+    self.submit(tape, QuantLinearArgs{ptr<void>(x), quant_weight(tiles, scales, table, row_formats,
+                                      bits, group, scale_kind, in), ptr<void>(bias),
+                                      ptr<void>(residual), ptr<void>(out), kind, dtype,
+                                      out_features, gate, out_f32, softcap, scale, int8_unit},
+                t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, WEIGHT, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
+     "dtype"_a, "out_features"_a, "gate"_a, "out_f32"_a, "softcap"_a, "scale"_a, "int8_unit"_a);
+  k.def("quant_embed", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr tiles,
+                          Addr scales, Addr table, Addr row_formats, int bits, int group,
+                          int scale_kind, int in, Addr out, int kind, int dtype, float scale) {
+    self.submit(tape, QuantEmbedArgs{ptr<int32_t>(tokens), quant_weight(tiles, scales, table,
+                                     row_formats, bits, group, scale_kind, in), ptr<void>(out),
+                                     kind, dtype, scale}, t, r, s);
+  }, "tape"_a.none(), ROWS, "token_ids"_a, WEIGHT, "out"_a, "rows_kind"_a, "dtype"_a, "scale"_a);
+  k.def("quant_rows", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr out,
+                         int kind, int dtype, int in) {
+    self.submit(tape, QuantRowsArgs{ptr<void>(x), ptr<uint8_t>(out), kind, dtype, in}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "out"_a, "rows_kind"_a, "dtype"_a, "in_features"_a);
+}
+
 void bind_attention_ops(nb::class_<Kernels>& k) {
   k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
                    Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache, Addr slots,
@@ -154,6 +188,7 @@ NB_MODULE(_cpu, m) {
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
   k.def("draw", [](Kernels& self, Addr logits, Addr row_ids, Addr temperature, Addr top_k,
                    Addr top_p, Addr min_p, Addr uniform, Addr ids, int count, int vocab) {
     DrawArgs args{ptr<float>(logits), ptr<int32_t>(row_ids), ptr<float>(temperature),
@@ -174,5 +209,6 @@ NB_MODULE(_cpu, m) {
   }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
   bind_row_ops(k);
   bind_matrix_ops(k);
+  bind_quant_ops(k);
   bind_attention_ops(k);
 }
