@@ -21,12 +21,14 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
-from sterna.kernels import _cpu, cpu_calls
+from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls
 from sterna.kernels.backend import use_backend
 from sterna.kernels.optable import OPS, library
+from sterna.kernels.tiles import TILE_ROWS, WIDTHS
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _PANEL = _cpu.PANEL
+_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)
 _SLACK_ELEMS = 64  # vector loads may read past the last head when head_dim is no multiple of 16
@@ -148,8 +150,6 @@ def register() -> CpuBackend:
     backend = CpuBackend(num_usable_cpus())
     use_backend("cpu", backend)
     for op in OPS:
-        if op.name not in cpu_calls.CALLS and op.name != "attention":
-            continue  # no C++ kernel yet: the reference serves it
         kernel = _kernel(backend, op.name, op.reference)
         library().impl(op.name, kernel, "CPU")
     return backend
@@ -158,7 +158,7 @@ def register() -> CpuBackend:
 def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) -> Any:
     if name == "attention":
         return _attention_kernel(backend, reference)
-    call = cpu_calls.CALLS[name]
+    call = _CALLS[name]
 
     def kernel(*args: Any) -> Tensor:
         sink = backend.sink
@@ -173,8 +173,14 @@ def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) ->
 def _serves(name: str, args: tuple[Any, ...], check: bool) -> bool:
     if name == "embed":
         if check:
-            _check_tokens(args[0], args[1])
+            _check_tokens(args[0], _table_rows(args[1]))
         return _is_served(args[1].dtype, args[2])
+    if name == "quant_embed":
+        if check:
+            _check_tokens(args[0], args[1].shape[0] * TILE_ROWS)
+        return args[-1] in cpu_calls.DTYPES and _is_tiled(args[1:])
+    if name.startswith("quant_"):
+        return args[0].dtype in cpu_calls.DTYPES and _is_tiled(args[1:])
     in_features = args[0].shape[1] if name in ("linear", "gated_linear", "logits") else 0
     return _is_served(args[0].dtype, in_features)
 
@@ -183,8 +189,23 @@ def _is_served(dtype: torch.dtype, in_features: int) -> bool:
     return dtype in cpu_calls.DTYPES and not (dtype == torch.bfloat16 and in_features % 2)
 
 
-def _check_tokens(tokens: Tensor, table: Tensor) -> None:
-    vocab = table.shape[0] * (table.shape[2] if table.dim() == 4 else 1)
+def _is_tiled(weight: tuple[Any, ...]) -> bool:
+    """Whether the kernels read this flat weight: contiguous, a float32 table, a known shape."""
+    tiles, scales, table, row_formats, bits, group_size = weight[:6]
+    return (
+        bits in WIDTHS
+        and group_size in (0, 32, 64, 128)
+        and table.dtype == torch.float32
+        and scales.dtype in cpu_quant_calls.SCALE_KINDS
+        and (row_formats is None or bits == 6)
+    )
+
+
+def _table_rows(table: Tensor) -> int:
+    return int(table.shape[0] * (table.shape[2] if table.dim() == 4 else 1))
+
+
+def _check_tokens(tokens: Tensor, vocab: int) -> None:
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
         raise KernelError(f"token ids must lie in [0, {vocab})")
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "int8_table.h"
 #include "tape.h"
 #include "weights.h"
 
@@ -189,6 +190,8 @@ NB_MODULE(_cpu, m) {
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
   m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
+  m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
+        "table"_a, "count"_a);
   k.def("draw", [](Kernels& self, Addr logits, Addr row_ids, Addr temperature, Addr top_k,
                    Addr top_p, Addr min_p, Addr uniform, Addr ids, int count, int vocab) {
     DrawArgs args{ptr<float>(logits), ptr<int32_t>(row_ids), ptr<float>(temperature),

@@ -1,0 +1,108 @@
+"""The C++ kernels of quantised weights against the reference, on every instruction set here.
+
+Shapes: in_features of less than a tile, with a ragged end (200: half a scale group of 32 missing,
+and a group of 128 whose second tile is ragged), and of more than one chunk of 16 tiles (1,096);
+outputs that are no multiple of a block (40, 33) or fill an odd number of them (48).
+Rows: 1, the largest of the in-register path (8), the first of the panel path (9), uneven tiles
+(17, 130), two row blocks (300).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sterna.core.errors import KernelError
+from sterna.kernels import quant_reference
+from sterna.kernels.quant_weight import QuantWeight
+from sterna.kernels.tiles import TILE_ROWS, pack_tiles, tile_grid
+from sterna.quant.formats import parse_format
+
+_cpu = pytest.importorskip("sterna.kernels._cpu", reason="the C++ extension is not built")
+from sterna.kernels import cpu_quant_calls as calls  # noqa: E402  (needs the extension)
+from sterna.kernels.cpu_backend import CpuBackend  # noqa: E402
+
+DTYPES = (torch.float32, torch.bfloat16)
+FORMATS = ["fp6", "fp6-e3m2", "fp6-mixed", "fp6-g128", "fp6-g64", "fp6-mixed-g32", "mxfp6", "fp5",
+           "fp5-g32", "fp4", "int4-g32", "int4-g128", "mxfp4", "int5-g64", "int6", "int8",
+           "int8-g128", "fp8"]  # fmt: skip
+SHAPES = [(64, 48), (50, 33), (200, 40), (1096, 40)]
+
+
+@pytest.fixture(scope="module", params=_cpu.available_isas())
+def backend(request):
+    return CpuBackend(2, request.param)
+
+
+def weight(name, k, n, is_gated=False, seed=0) -> QuantWeight:
+    fmt, g = parse_format(name), torch.Generator().manual_seed(seed)
+    halves, (blocks, _) = 2 if is_gated else 1, tile_grid(n, k)
+    groups = -(-k // fmt.group_size) if fmt.group_size else 1
+    codes = torch.randint(0, 1 << fmt.bits, (halves, n, k), generator=g, dtype=torch.uint8)
+    tiles = torch.cat([pack_tiles(half, fmt.bits) for half in codes])
+    scales = (torch.rand(halves * blocks, groups, TILE_ROWS, generator=g) + 0.5) / 64
+    kinds = {"float32": scales, "float16": scales.half(),
+             "e8m0": torch.randint(118, 124, scales.shape, generator=g).to(torch.uint8)}  # fmt: skip
+    formats = torch.randint(0, 2, (halves * blocks, TILE_ROWS), generator=g, dtype=torch.uint8)
+    return QuantWeight(tiles, kinds[fmt.scale].contiguous(), fmt.table(),
+                       formats if fmt.is_mixed else None, fmt.bits, fmt.group_size, k, n,
+                       is_gated)  # fmt: skip
+
+
+def rand(*shape, dtype=torch.float32, seed=7):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got, want):
+    """`want` is float32. Half a bfloat16 step of each value, and float32 sums in another order."""
+    error, want = (got.double() - want.double()).abs(), want.double().abs()
+    rounding = 2**-8 if got.dtype == torch.bfloat16 else 0.0
+    worst = (error - rounding * want).max() / want.max().clamp(min=1e-6)
+    assert worst <= 5e-5, f"{worst:.2e}"
+
+
+def floats(*tensors):
+    return tuple(t.float() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_equals_the_reference_and_does_not_depend_on_the_batch(backend, dtype, name, shape):
+    k, n = shape
+    w = weight(name, k, n).flat()
+    x, bias, residual = rand(300, k, dtype=dtype), rand(n, dtype=dtype), rand(300, n, dtype=dtype)
+    whole = calls.quant_linear(backend.eager, x, *w, bias, residual, n)
+    x32, *rest = floats(x, bias, residual)
+    close(whole, quant_reference.quant_linear(x32, *w, *rest, n))
+    for start, stop in [(0, 1), (299, 300), (3, 5), (10, 18), (20, 29), (100, 117), (7, 137)]:
+        rows = slice(start, stop)
+        part = calls.quant_linear(backend.eager, x[rows], *w, bias, residual[rows], n)
+        assert torch.equal(part, whole[rows]), f"rows {start}..{stop}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["fp6", "fp6-g128", "fp6-mixed", "int4-g32"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_linear(backend, dtype, name, activation):
+    w = weight(name, 200, 72, is_gated=True).flat()
+    x = rand(140, 200, dtype=dtype)
+    whole = calls.quant_gated_linear(backend.eager, x, *w, activation, 72)
+    close(whole, quant_reference.quant_gated_linear(x.float(), *w, activation, 72))
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        part = calls.quant_gated_linear(backend.eager, x[:rows], *w, activation, 72)
+        assert torch.equal(part, whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["fp6", "fp6-g128", "fp6-mixed", "int4-g32", "fp5", "int8"])
+def test_logits_and_embed_share_a_table(backend, dtype, name):
+    w = weight(name, 200, 101).flat()
+    tokens = torch.tensor([0, 100, 33, 7], dtype=torch.int32)
+    for scale in (1.0, 8.0):
+        got = calls.quant_embed(backend.eager, tokens, *w, scale, dtype)
+        assert torch.equal(got, quant_reference.quant_embed(tokens, *w, scale, dtype))
+    x = rand(3, 200, dtype=dtype)
+    got = calls.quant_logits(backend.eager, x, *w, 101, 5.0, 0.5)
+    assert got.dtype == torch.float32
+    close(got, quant_reference.quant_logits(x.float(), *w, 101, 5.0, 0.5))
