@@ -74,7 +74,8 @@ struct Run {
       sum<NI>(part, x + int64_t(i - first) * 8 * NI, i, i + size < stop ? i + size : stop);
       const float* scale = u.s.scales[i / size] + col;
       UNROLL for (int r = 0; r < MR; ++r) {
-        UNROLL for (int j = 0; j < NV; ++j) total[r][j] += part[r][j] * load(scale + j * VW);
+        UNROLL for (int j = 0; j < NV; ++j)
+          total[r][j] = multiply_add(part[r][j], load(scale + j * VW), total[r][j]);
       }
     }
   }
@@ -158,8 +159,8 @@ void copy_scales(const Unit<T>& u, const Span& span) {
   int left = num_groups(w) - first, most = CHUNK * TILE_K / (w.group ? w.group : CHUNK * TILE_K);
   std::memset(u.s.scales, 0, sizeof(u.s.scales));
   for (int i = 0; i < 2; ++i)
-    if (u.block[i] >= 0)
-      load_scales(w, u.block[i], first, left < most ? left : most, u.s.scales[0] + i * BLOCK, PANEL);
+    for (int g = 0; u.block[i] >= 0 && g < (left < most ? left : most); ++g)
+      store_as(u.s.scales[g] + i * BLOCK, scales_of(w, u.block[i], first + g));
 }
 
 template <class T>

@@ -25,7 +25,7 @@ int k_of(int q, int j, int b) { return 16 * j + 2 * q + (b % 2 ? 0 : 8) + b / 2;
 template <class T, int BITS>
 void embed_row(const QuantEmbedArgs& a, const Values<float>& values, int token, T* out) {
   const QuantWeight& w = a.w;
-  int block = token / BLOCK, lane = token % BLOCK, groups = num_groups(w);
+  int block = token / BLOCK, lane = token % BLOCK;
   const float* table = values.of[w.row_formats ? w.row_formats[token] & 1 : 0];
   for (int t = 0; t < num_tiles(w); ++t) {
     for (int q = 0; q < 4; ++q) {
@@ -34,8 +34,7 @@ void embed_row(const QuantEmbedArgs& a, const Values<float>& values, int token, 
       for (int i = 0; i < 16; ++i) {
         int k = t * TILE_K + k_of(q, i / 4, i % 4), group = w.group ? k / w.group : 0;
         if (k >= w.in_features) continue;
-        float scale = scale_value(w, (int64_t(block) * groups + group) * BLOCK + lane);
-        float v = table[c[i / 4][lane] >> (i % 4 * 8) & 255] * scale;
+        float v = table[c[i / 4][lane] >> (i % 4 * 8) & 255] * scales_of(w, block, group)[lane];
         store_one(out + k, a.scale == 1.f ? v : v * a.scale);
       }
     }

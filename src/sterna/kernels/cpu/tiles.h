@@ -130,28 +130,23 @@ INLINE const uint8_t* tile_at(const QuantWeight& w, int block, int tile) {
   return w.tiles + (int64_t(block) * num_tiles(w) + tile) * (128 * w.bits);
 }
 
-INLINE float scale_value(const QuantWeight& w, int64_t at) {
-  float out;
-  uint32_t u;
-  if (w.scale_kind == SCALE_F32) return static_cast<const float*>(w.scales)[at];
-  if (w.scale_kind == SCALE_E8M0) {
-    uint32_t e = static_cast<const uint8_t*>(w.scales)[at];
-    u = e ? e << 23 : 0x00400000u;  // 2^(e - 127); 2^-127 is a subnormal float32
-    std::memcpy(&out, &u, 4);
-    return out;
-  }
-  uint32_t half = static_cast<const uint16_t*>(w.scales)[at];
-  u = (half & 0x7fff) << 13;  // a finite float16 with its exponent too small by 112
-  std::memcpy(&out, &u, 4);
-  return half & 0x8000 ? -out * 0x1p112f : out * 0x1p112f;
-}
+typedef float floats __attribute__((vector_size(64)));  // one a row
+typedef uint16_t shorts __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
-// The scales of `count` groups of a block, 16 rows each, to float32.
-INLINE void load_scales(const QuantWeight& w, int block, int group, int count, float* out,
-                        int stride) {
+// The scales of the 16 rows of a block for one group.
+INLINE floats scales_of(const QuantWeight& w, int block, int group) {
   int64_t at = (int64_t(block) * num_groups(w) + group) * BLOCK;
-  for (int g = 0; g < count; ++g)
-    for (int r = 0; r < BLOCK; ++r) out[g * stride + r] = scale_value(w, at + g * BLOCK + r);
+  if (w.scale_kind == SCALE_F32) return load_as<floats>(static_cast<const float*>(w.scales) + at);
+  if (w.scale_kind == SCALE_E8M0) {  // 2^(e - 127); 2^-127 is a subnormal float32
+    bytes e = load_as<bytes>(static_cast<const uint8_t*>(w.scales) + at);
+    words u = __builtin_convertvector(e, words) << 23;
+    return (floats)(u | ((words)(u == 0) & 0x00400000u));
+  }
+  words half = __builtin_convertvector(
+      load_as<shorts>(static_cast<const uint16_t*>(w.scales) + at), words);
+  floats v = (floats)((half & 0x7fffu) << 13) * 0x1p112f;  // a finite float16, exponent rebiased
+  return (floats)((words)v | (half & 0x8000u) << 16);
 }
 
 // Where pair i = 2j + (even bytes) of q comes in a decoded tile. A scale group of 32 k is half a

@@ -3,6 +3,9 @@
 #pragma once
 #include "microkernel.h"
 #include "tiles.h"
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -75,6 +78,21 @@ INLINE vf pinned(vf v) {
   asm("" : "+w"(v));
 #endif
   return v;
+}
+
+// a * b + c with one rounding where the set has it; never left to the compiler, which fuses or not
+// as the code around it falls.
+INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  for (int i = 0; i < VW; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return pinned(a * b) + c;
+#endif
 }
 
 }  // namespace STERNA_ISA
