@@ -13,18 +13,21 @@ namespace STERNA_ISA {
 #if defined(__AVX512BF16__)
 namespace {
 
-constexpr int MAX_BLOCKS = 6;
+constexpr int MAX_BLOCKS = 6, MAX_MR = 8;
+
+// Output blocks a unit: 6 sums for one row, 16 registers of sums for more.
+constexpr int blocks_for(int rows) { return rows == 1 ? 6 : rows <= 4 ? 4 : 2; }
 // Bytes asked of memory before they are used. 4, 8 and 16 KB: 8 rows of 2048 x 5632 take 245, 220
 // and 226 us; the hardware alone, 580: each block is a stream too short for it.
 constexpr int AHEAD_BYTES = 8192;
 
-// Blocks a unit: 6 sums for one row; as many as keep sums within 16 registers for more.
-constexpr int blocks_for(int rows) { return rows == 1 ? 6 : rows <= 4 ? 4 : 2; }
-
+// One unit: `block` of the weight times all rows. The values of the codes, and the last, partial
+// tile of x (zero padded [rows][64]; null when whole), are made once.
 struct Few {
   const QuantLinearArgs& a;
-  const bf16* tail;  // [rows][64]: the last, partial tile of x, zero padded; null when whole
-  int block[MAX_BLOCKS];
+  const bf16* tail;
+  int first_block, block[MAX_BLOCKS];
+  Values<bf16> values;
 };
 
 // A pair of x in every lane. In assembly: the compiler would otherwise load it once for all blocks,
@@ -70,10 +73,10 @@ INLINE void few_tile(__m512 (&sum)[HALVES ? 2 : 1][MR][NB], const uint8_t* const
 }
 
 template <int BITS, bool MIXED, bool HALVES, int MR, int NB>
-void few_sums(const Few& f, vf (&total)[MR][NB]) {
+void few_sums(const Few& f, int row, vf (&total)[MR][NB]) {
   const QuantWeight& w = f.a.w;
-  const Values<bf16> values(w);
-  const Lookup<BITS, MIXED> lookup(values);
+  const Lookup<BITS, MIXED> lookup(f.values);
+  const bf16* rows = static_cast<const bf16*>(f.a.x) + int64_t(row) * w.in_features;
   const int tiles = num_tiles(w), groups = num_groups(w);
   const int size = HALVES || !w.group ? (HALVES ? 1 : tiles) : w.group / TILE_K;
   const uint8_t* tile[NB];
@@ -90,7 +93,7 @@ void few_sums(const Few& f, vf (&total)[MR][NB]) {
     __m512 sum[HALVES ? 2 : 1][MR][NB] = {};
     for (int t = first; t < first + size && t < tiles; ++t) {
       bool is_tail = f.tail && t + 1 == tiles;
-      const bf16* x = is_tail ? f.tail : static_cast<const bf16*>(f.a.x) + int64_t(t) * TILE_K;
+      const bf16* x = is_tail ? f.tail + row * TILE_K : rows + int64_t(t) * TILE_K;
       few_tile<BITS, MIXED, HALVES, MR, NB>(sum, tile, lookup, second, x,
                                             is_tail ? TILE_K : w.in_features, ahead(t));
       for (int b = 0; b < NB; ++b) tile[b] += 128 * BITS;
@@ -109,36 +112,50 @@ void few_sums(const Few& f, vf (&total)[MR][NB]) {
   }
 }
 
-template <int BITS, bool MIXED, bool HALVES, int MR>
-void few_unit(const QuantLinearArgs& a, const bf16* tail, int first_block) {
-  constexpr int NB = blocks_for(MR), OUT = NB / 2;
-  const int blocks = num_blocks(a), outs = a.gate ? OUT : NB;
-  Few f{a, tail, {}};
-  for (int b = 0; b < NB; ++b) {  // blocks past the end repeat the last; their sums are dropped
-    int block = first_block + (a.gate ? b % OUT : b);
-    block = block < blocks ? block : blocks - 1;
-    f.block[b] = a.gate && b >= OUT ? blocks + block : block;
-  }
+// Rows [row, row + MR).
+template <int BITS, bool MIXED, bool HALVES, int MR, int NB>
+void few_height(const Few& f, int row) {
+  const int blocks = num_blocks(f.a), outs = f.a.gate ? NB / 2 : NB;
   vf total[MR][NB] = {};
-  few_sums<BITS, MIXED, HALVES, MR, NB>(f, total);
-  for (int b = 0; b < outs && first_block + b < blocks; ++b)
+  few_sums<BITS, MIXED, HALVES, MR, NB>(f, row, total);
+  for (int b = 0; b < outs && f.first_block + b < blocks; ++b) {
+    vf out[MR], up[MR];
     for (int r = 0; r < MR; ++r) {
-      vf v = pinned(total[r][b]);
-      if (a.gate) v = gated(a.gate, v, pinned(total[r][(b + OUT) % NB]));
-      finish<bf16>(a, r, (first_block + b) * BLOCK, v);
+      out[r] = pinned(total[r][b]);
+      up[r] = pinned(total[r][(b + NB / 2) % NB]);
     }
+    if (f.a.gate) gate_all(f.a.gate, out, up);
+    for (int r = 0; r < MR; ++r) finish<bf16>(f.a, row + r, (f.first_block + b) * BLOCK, out[r]);
+  }
 }
 
-template <int BITS, bool MIXED, bool HALVES, int MR = FEW_MAX>
-void few_rows(const QuantLinearArgs& a, int rows, const bf16* tail, int first_block) {
-  if (rows == MR) return few_unit<BITS, MIXED, HALVES, MR>(a, tail, first_block);
-  if constexpr (MR > 1) few_rows<BITS, MIXED, HALVES, MR - 1>(a, rows, tail, first_block);
+template <int BITS, bool MIXED, bool HALVES, int NB, int MR, int LEAST>
+void few_pick(const Few& f, int row, int height) {
+  if (height == MR) return few_height<BITS, MIXED, HALVES, MR, NB>(f, row);
+  if constexpr (MR > LEAST) few_pick<BITS, MIXED, HALVES, NB, MR - 1, LEAST>(f, row, height);
+}
+
+// All rows, in groups of nearly equal height: codes are decoded once a group, from the cache.
+template <int BITS, bool MIXED, bool HALVES, int NB, int MOST, int LEAST>
+void few_rows(const Few& f, int num_rows) {
+  int row = 0;
+  for (int left = (num_rows + MOST - 1) / MOST; left > 0; --left) {
+    int height = (num_rows - row + left - 1) / left;
+    few_pick<BITS, MIXED, HALVES, NB, MOST, LEAST>(f, row, height);
+    row += height;
+  }
+}
+
+template <int BITS, bool MIXED, bool HALVES>
+void few_unit(const Few& f, int rows) {
+  if (rows == 1) return few_height<BITS, MIXED, HALVES, 1, 6>(f, 0);
+  rows <= 4 ? few_rows<BITS, MIXED, HALVES, 4, 4, 2>(f, rows)
+            : few_rows<BITS, MIXED, HALVES, 2, MAX_MR, 4>(f, rows);
 }
 
 template <int BITS, bool MIXED>
-void few_bits(const QuantLinearArgs& a, int rows, const bf16* tail, int first_block) {
-  a.w.group == 32 ? few_rows<BITS, MIXED, true>(a, rows, tail, first_block)
-                  : few_rows<BITS, MIXED, false>(a, rows, tail, first_block);
+void few_bits(const Few& f, int rows) {
+  f.a.w.group == 32 ? few_unit<BITS, MIXED, true>(f, rows) : few_unit<BITS, MIXED, false>(f, rows);
 }
 
 const bf16* padded_tail(const QuantLinearArgs& a, int rows, const Worker& w) {
@@ -152,6 +169,18 @@ const bf16* padded_tail(const QuantLinearArgs& a, int rows, const Worker& w) {
   return out;
 }
 
+// Blocks past the end repeat the last; their sums are dropped.
+Few few_of(const QuantLinearArgs& a, int rows, const Worker& w, int unit) {
+  const int size = blocks_for(rows), outs = a.gate ? size / 2 : size, blocks = num_blocks(a);
+  Few f{a, padded_tail(a, rows, w), unit * outs, {}, Values<bf16>(a.w)};
+  for (int b = 0; b < size; ++b) {
+    int block = f.first_block + b % outs;
+    block = block < blocks ? block : blocks - 1;
+    f.block[b] = b >= outs ? blocks + block : block;
+  }
+  return f;
+}
+
 }  // namespace
 
 bool few_serves(const QuantLinearArgs& a, int rows) { return a.dtype && rows <= FEW_MAX; }
@@ -163,14 +192,13 @@ int few_units(const QuantLinearArgs& a, int rows) {
 }
 
 void few_run(const QuantLinearArgs& a, int rows, const Worker& w, int unit) {
-  int first_block = unit * (blocks_for(rows) / (a.gate ? 2 : 1));
-  const bf16* tail = padded_tail(a, rows, w);
+  Few f = few_of(a, rows, w, unit);
   switch (a.w.bits * 2 + (a.w.row_formats != nullptr)) {
-    case 8: return few_bits<4, false>(a, rows, tail, first_block);
-    case 10: return few_bits<5, false>(a, rows, tail, first_block);
-    case 12: return few_bits<6, false>(a, rows, tail, first_block);
-    case 13: return few_bits<6, true>(a, rows, tail, first_block);
-    case 16: return few_bits<8, false>(a, rows, tail, first_block);
+    case 8: return few_bits<4, false>(f, rows);
+    case 10: return few_bits<5, false>(f, rows);
+    case 12: return few_bits<6, false>(f, rows);
+    case 13: return few_bits<6, true>(f, rows);
+    case 16: return few_bits<8, false>(f, rows);
     default: return;  // the binding admits no other widths
   }
 }

@@ -112,18 +112,24 @@ void rows_of_height(const Unit<T>& u, const Span& span, int row, int height) {
   if constexpr (MR > 1) rows_of_height<T, MR - 1>(u, span, row, height);
 }
 
+// Four rows, or as many as there are before `end`.
 template <class T>
-void store_outputs(const Unit<T>& u, int row) {
+void store_outputs(const Unit<T>& u, int row, int end) {
+  constexpr int N = 4;
   const float* total = u.s.state[row - u.row];
   for (int c = 0; c < BLOCK; c += VW) {
-    vf first = pinned(load(total + c)), second = pinned(load(total + BLOCK + c));
-    int col = u.block[0] * BLOCK + c;
-    if (u.a.gate) {
-      finish<T>(u.a, row, col, gated(u.a.gate, first, second));
-      continue;
+    vf first[N], second[N];
+    UNROLL for (int r = 0; r < N; ++r) {
+      const float* t = total + (row + r < end ? r : 0) * PANEL + c;
+      first[r] = pinned(load(t));
+      second[r] = pinned(load(t + BLOCK));
     }
-    finish<T>(u.a, row, col, first);
-    if (u.block[1] >= 0) finish<T>(u.a, row, col + BLOCK, second);
+    if (u.a.gate) gate_all(u.a.gate, first, second);
+    int col = u.block[0] * BLOCK + c;
+    for (int r = 0; r < N && row + r < end; ++r) {
+      finish<T>(u.a, row + r, col, first[r]);
+      if (!u.a.gate && u.block[1] >= 0) finish<T>(u.a, row + r, col + BLOCK, second[r]);
+    }
   }
 }
 
@@ -135,7 +141,7 @@ void multiply_rows(const Unit<T>& u, const Span& span) {
     int height = (u.end - row + left - 1) / left;
     rows_of_height<T, MAX_MR>(u, span, row, height);
     if (span.is_last)
-      for (int r = row; r < row + height; ++r) store_outputs(u, r);
+      for (int r = row; r < row + height; r += 4) store_outputs(u, r, row + height);
     row += height;
   }
 }
