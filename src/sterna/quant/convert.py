@@ -27,19 +27,12 @@ from sterna.quant.formats import SCALE_DTYPES, WeightFormat
 from sterna.quant.linear import weight_shapes
 from sterna.quant.report import ModelReport, WeightReport, weight_report
 from sterna.quant.rtn import ScaleSearch, quantize_weight
-from sterna.quant.sources import STERNA, Checkpoint, open_source
+from sterna.quant.sources import STERNA, Checkpoint, open_source, small_files
 from sterna.quant.writer import ContainerWriter
-from sterna.text.save import tokenizer_files
-from sterna.text.tokenizer import load_tokenizer
 
 Targets = Literal["blocks", "all"]
 _REST_DTYPE = torch.bfloat16
 _HEADS = ("embed_tokens", "lm_head")
-_COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +209,8 @@ def _is_done(out: Path, job: str) -> bool:
 
 def _texts(checkpoint: Checkpoint, options: QuantizeOptions, job: str) -> dict[str, str | bytes]:
     """The small files of the folder."""
-    files: dict[str, str | bytes] = {}
-    if checkpoint.path.is_dir():
-        found = [checkpoint.path / name for name in _COPIED]
-        files |= {path.name: path.read_bytes() for path in found if path.is_file()}
-    else:
-        files |= tokenizer_files(load_tokenizer(checkpoint.path))
     section = {"quant_method": STERNA, "format": options.name, "version": VERSION, "job": job}
+    files = small_files(checkpoint.path)
     return {**files, "config.json": _config_text(checkpoint, section)}
 
 

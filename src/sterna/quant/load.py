@@ -6,7 +6,6 @@ memory; plain checkpoints as they are, or rounded at load when a format is asked
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from sterna.model.load import DTYPES, DTypeName, LoadedModel, load_config, load_
 from sterna.model.weights import assign
 from sterna.quant.file import FILE_NAME, Container, open_container
 from sterna.quant.formats import WeightFormat, parse_format
-from sterna.quant.linear import quant_modules, replace_weight, weight_shapes
+from sterna.quant.linear import dequantize_decoder, replace_weight, weight_shapes
 from sterna.quant.rtn import quantize_weight
 from sterna.quant.sources import STERNA, Checkpoint, open_source, stored_method
 
@@ -33,19 +32,21 @@ def load_quantized(
     dtype: DTypeName = "bfloat16",
     device: str | torch.device = "cpu",
     weights: str = AUTO,
+    verify: bool = True,
 ) -> LoadedModel:
     """Load a model as its weights are stored ("auto"), plain ("bf16"), or in a format.
 
     "bf16" dequantises what is quantised to `dtype`; a format rounds plain weights to nearest at
-    load, in seconds and in memory (`sterna quantize` does it once and better). Raises the errors
-    of `load_model`, and ConfigError for an unknown format or a second quantisation.
+    load, in seconds and in memory (`sterna quantize` does it once and better). verify: compare
+    the checksums of a container. Raises the errors of `load_model`, and ConfigError for an unknown
+    format or a second quantisation.
     """
     path = Path(path)
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES), param="dtype")
     fmt = None if weights in (AUTO, PLAIN) else parse_format(weights)
     method = stored_method(path)
-    loaded = _load_stored(path, method, DTYPES[dtype], torch.device(device))
+    loaded = _load_stored(path, method, DTYPES[dtype], torch.device(device), verify)
     if loaded is None:
         loaded = load_model(path, dtype, device)
         if fmt is not None:
@@ -62,19 +63,21 @@ def load_quantized(
 
 
 def _load_stored(
-    path: Path, method: str | None, dtype: torch.dtype, device: torch.device
+    path: Path, method: str | None, dtype: torch.dtype, device: torch.device, verify: bool
 ) -> LoadedModel | None:
     """A model whose weights are quantised in its files; None for a plain one."""
     if method is None:
         return None
     load_kernels()
     if method == STERNA:
-        return _from_container(path, dtype, device)
+        return _from_container(path, dtype, device, verify)
     return _from_packed(open_source(path), dtype, device)
 
 
-def _from_container(path: Path, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    container = open_container(path / FILE_NAME)
+def _from_container(
+    path: Path, dtype: torch.dtype, device: torch.device, verify: bool
+) -> LoadedModel:
+    container = open_container(path / FILE_NAME, verify)
     config = load_config(path)
     decoder = Decoder(config, dtype, "meta", rope_device=device)
     _check_weights(container, decoder)
@@ -130,25 +133,3 @@ def quantize_decoder(decoder: Decoder, fmt: WeightFormat) -> None:
         plain = decoder.get_parameter(f"{name}.weight").detach()
         weight = quantize_weight(plain, fmt, search="fast", is_gated=is_gated, name=name)
         replace_weight(decoder, name, weight)
-
-
-def dequantize_decoder(decoder: Decoder) -> None:
-    """Put plain weights, rounded to the decoder's dtype, in the place of the quantised ones."""
-    plain = Decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
-    for name, module in list(quant_modules(decoder)):
-        parent, _, leaf = name.rpartition(".")
-        new = plain.get_submodule(name)
-        values = module.quant_weight.dequantize().to(decoder.dtype)
-        new.register_parameter("weight", torch.nn.Parameter(values))
-        if getattr(new, "bias", None) is not None:
-            new.register_parameter("bias", module.bias)  # type: ignore[arg-type]
-        setattr(decoder.get_submodule(parent), leaf, new)
-
-
-def format_name(path: Path) -> str:
-    """What the weights at `path` are stored as, for logs: "fp6", "gptq", "plain"."""
-    method = stored_method(path)
-    if method != STERNA:
-        return method or "plain"
-    section = json.loads((path / "config.json").read_text())["quantization_config"]
-    return str(section.get("format", STERNA))

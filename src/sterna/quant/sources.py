@@ -13,8 +13,15 @@ from sterna.model.hf_weights import SafetensorsSource
 from sterna.model.load import load_config, open_checkpoint, quant_method, untied_if_stored
 from sterna.model.weights import TensorSource, checkpoint_names
 from sterna.quant.imports import METHODS, PackedSource
+from sterna.text.save import tokenizer_files
+from sterna.text.tokenizer import load_tokenizer
 
 STERNA = "sterna"
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +68,11 @@ def open_source(path: Path) -> Checkpoint:
     config, inner, names = untied_if_stored(load_config(path), SafetensorsSource(path))
     packed = PackedSource(inner, config.hf["quantization_config"])
     return Checkpoint(path, config, packed, names, packed)
+
+
+def small_files(path: Path) -> dict[str, str | bytes]:
+    """The tokenizer and generation settings of a model, as files of a Hugging Face folder."""
+    if not path.is_dir():
+        return dict(tokenizer_files(load_tokenizer(path)))
+    found = [path / name for name in _COPIED]
+    return {file.name: file.read_bytes() for file in found if file.is_file()}
