@@ -7,17 +7,12 @@ weights are then rounded in memory. A damaged copy is made again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from sterna.core.errors import ModelFileError, QuantizeError, UnsupportedModelError
 from sterna.core.log import get_logger
-from sterna.core.machine import num_usable_cpus
 from sterna.core.rundir import home
 from sterna.quant.convert import QuantizeOptions, quantize_folder
 from sterna.quant.file import FILE_NAME, VERSION, open_container
@@ -37,8 +32,7 @@ def cached_folder(source: Path, format_name: str) -> Path | None:
             return folder
         log.info("quantising %s to %s, once", source.name, format_name)
         options = QuantizeOptions(parse_format(format_name), search="fast", is_measured=False)
-        with _all_threads():
-            quantize_folder(source, folder, options)
+        quantize_folder(source, folder, options)
     except (OSError, QuantizeError) as error:
         log.warning("%s cannot be kept (%s); weights are rounded in memory", folder, error)
         return None
@@ -65,17 +59,6 @@ def _is_sound(folder: Path) -> bool:
         log.warning("%s; making it again", error.message)
     shutil.rmtree(folder)
     return False
-
-
-@contextlib.contextmanager
-def _all_threads() -> Iterator[None]:
-    """PyTorch on all CPUs: while a model loads, the engine keeps it to one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_usable_cpus())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _remove_others(folder: Path, source: Path, format_name: str) -> None:

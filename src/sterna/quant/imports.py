@@ -99,7 +99,7 @@ class PackedSource:
         mask = (1 << fmt.bits) - 1
         codes = torch.cat([self._codes(base) for base in bases]).to(torch.uint8) & mask
         scales = torch.cat([self._scales(base) for base in bases]).half()
-        return pack_rows([Rows(codes, scales, None)], fmt, codes.shape[1], is_gated)
+        return pack_rows(Rows(codes, scales, None), fmt, is_gated)
 
     def _codes(self, base: str) -> Tensor:
         """code - zero, int16 [out, in]."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sterna.kernels.quant_weight import QuantWeight
+from sterna.kernels.tiles import TILE_ROWS
+from sterna.quant.threads import map_runs
 
-_RUN_BLOCKS = 64  # row blocks decoded at a time: 1,024 rows
+_RUN_BLOCKS = 16  # row blocks decoded at a time: 256 rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,13 @@ def weight_report(
 ) -> WeightReport:
     """plain: the weight [N, K], or its halves when gated. Decoded in runs: little memory."""
     halves = _halves(quantised) if quantised.is_gated else [quantised]
+    runs = [
+        (half, weight, first)
+        for half, weight in zip(halves, plain, strict=True)
+        for first in range(0, half.tiles.shape[0], _RUN_BLOCKS)
+    ]
     h = torch.ones(quantised.in_features) if importance is None else importance
-    sums = torch.zeros(4, dtype=torch.float64)  # |w - q|^2, |w|^2, the same times importance
-    for half, weight in zip(halves, plain, strict=True):
-        for first in range(0, half.tiles.shape[0], _RUN_BLOCKS):
-            w = weight[first * 16 : (first + _RUN_BLOCKS) * 16].float()
-            miss = _block_rows(half, first, first + _RUN_BLOCKS)[: len(w)] - w
-            squares = [miss.square(), w.square()]
-            by_input = torch.stack([s.sum(dim=0, dtype=torch.float64) for s in squares])
-            sums += torch.cat([by_input.sum(dim=1), (by_input * h).sum(dim=1)])
+    sums = torch.stack(map_runs(lambda run: _square_sums(*run, h), runs)).sum(dim=0)
     errors = [float((sums[i] / sums[i + 1]).sqrt()) if sums[i + 1] > 0 else 0.0 for i in (0, 2)]
     return WeightReport(
         name,
@@ -85,6 +85,14 @@ def weight_report(
         errors[0],
         None if importance is None else errors[1],
     )
+
+
+def _square_sums(half: QuantWeight, weight: Tensor, first: int, importance: Tensor) -> Tensor:
+    """float64 |w - q|^2, |w|^2 and both times importance, over a run of row blocks."""
+    w = weight[first * TILE_ROWS : (first + _RUN_BLOCKS) * TILE_ROWS].float()
+    miss = _block_rows(half, first, first + _RUN_BLOCKS)[: len(w)] - w
+    by_input = torch.stack([miss.square().sum(dim=0), w.square().sum(dim=0)]).double()
+    return torch.cat([by_input.sum(dim=1), (by_input * importance).sum(dim=1)])
 
 
 def _halves(weight: QuantWeight) -> list[QuantWeight]:
