@@ -197,7 +197,7 @@ def encode(x: Tensor, element: Element) -> Tensor:
             (1 << element.bits) - 1
         )
     magnitude = x.abs().clamp_(max=element.max_value)
-    binade = _binades(magnitude, element)
+    binade = _to_binades_(magnitude.view(torch.int32).clone(), element)
     # q = magnitude in units of its binade's step; a carry into the next binade adds up right,
     # since code = (binade - lowest) << mantissa_bits | q for subnormals and normals alike.
     step = ((2 * _BIAS_F32 + element.mantissa_bits) << _MANTISSA_F32) - binade
@@ -210,13 +210,19 @@ def encode(x: Tensor, element: Element) -> Tensor:
 
 def round_to_grid(x: Tensor, element: Element) -> Tensor:
     """float32 -> the nearest values of the element; `decode(encode(x))`, without codes."""
+    return round_to_grid_(x.clone(), torch.empty_like(x), element)
+
+
+def round_to_grid_(x: Tensor, scratch: Tensor, element: Element) -> Tensor:
+    """`round_to_grid` in place; `scratch` of x's shape is written over."""
+    x.clamp_(-element.max_value, element.max_value)
     if not element.exponent_bits:
-        return x.round().clamp_(-element.max_value, element.max_value)
+        return x.round_()
     # Adding and taking away 1.5 * 2^23 steps rounds to the step in float32, ties to even.
-    x = x.clamp(-element.max_value, element.max_value)
-    binade = _binades(x.abs(), element).view(torch.float32)
-    anchor = binade.mul_(1.5 * 2.0 ** (_MANTISSA_F32 - element.mantissa_bits))
-    return x.add_(anchor).sub_(anchor)
+    torch.abs(x, out=scratch)
+    _to_binades_(scratch.view(torch.int32), element)
+    scratch.mul_(1.5 * 2.0 ** (_MANTISSA_F32 - element.mantissa_bits))
+    return x.add_(scratch).sub_(scratch)
 
 
 def decode(codes: Tensor, element: Element) -> Tensor:
@@ -224,7 +230,7 @@ def decode(codes: Tensor, element: Element) -> Tensor:
     return value_table((element.name,))[0].to(codes.device)[codes.int()]
 
 
-def _binades(magnitude: Tensor, element: Element) -> Tensor:
-    """int32 bits of the power of two at or below each magnitude, not under the smallest normal."""
-    exponents = magnitude.view(torch.int32) & (0xFF << _MANTISSA_F32)
-    return exponents.clamp_(min=(_BIAS_F32 + 1 - element.bias) << _MANTISSA_F32)
+def _to_binades_(bits: Tensor, element: Element) -> Tensor:
+    """Bits of magnitudes -> of the powers of two at or below them, from the smallest normal up."""
+    lowest = (_BIAS_F32 + 1 - element.bias) << _MANTISSA_F32
+    return bits.bitwise_and_(0xFF << _MANTISSA_F32).clamp_(min=lowest)

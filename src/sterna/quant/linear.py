@@ -125,6 +125,20 @@ def _quantised(old: nn.Module, weight: QuantWeight, dtype: torch.dtype) -> Quant
     return QuantLMHead(weight)
 
 
+def dequantize_decoder(decoder: Decoder) -> None:
+    """Put plain weights, rounded to the decoder's dtype, in the place of the quantised ones."""
+    empty = Decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
+    for name, module in list(quant_modules(decoder)):
+        parent, _, leaf = name.rpartition(".")
+        plain = empty.get_submodule(name)
+        values = module.quant_weight.dequantize().to(decoder.dtype)
+        plain.register_parameter("weight", nn.Parameter(values))
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            plain.register_parameter("bias", bias)
+        setattr(decoder.get_submodule(parent), leaf, plain)
+
+
 def weight_shapes(decoder: Decoder) -> Iterator[tuple[str, int, int, bool]]:
     """(name, rows, in_features, is_gated) of every weight that can be quantised, in order.
 
@@ -141,3 +155,17 @@ def quant_modules(decoder: Decoder) -> Iterator[tuple[str, QuantModule]]:
     for name, module in decoder.named_modules():
         if isinstance(module, QuantModule):
             yield name, module
+
+
+def describe_weights(decoder: Decoder) -> str:
+    """One line for the log: how many weights are quantised and what they take; "" when none is."""
+    weights = [module.quant_weight for _, module in quant_modules(decoder)]
+    if not weights:
+        return ""
+    count = sum(w.out_features * (1 + w.is_gated) * w.in_features for w in weights)
+    num_bytes = sum(w.nbytes for w in weights)
+    widths = "/".join(str(bits) for bits in sorted({w.bits for w in weights}))
+    return (
+        f"{len(weights)} weights quantised to {widths} bits, {8 * num_bytes / count:.2f} a weight "
+        f"with scales, {num_bytes / 1e6:,.0f} MB"
+    )

@@ -10,8 +10,8 @@ or the mean square of the layer's input k (the diagonal of GPTQ's Hessian; AWQ's
 input channels differ). Multiples above 1 help floating formats, whose step depends on where in a
 binade the large weights fall; below 1 they clip, which helps integers.
 
-Weights are walked in runs of rows that stay in the second-level cache: 2.5 G weights/s a candidate
-against 0.9 from memory (2 cores): on 135M weights the fast search takes 1.5 s, the full one 5 s.
+Weights are walked in runs of row blocks of about a megabyte, one run a thread (`threads.py`): on
+135M weights and 2 cores the fast search takes 1.5 s, the full one 4 s.
 """
 
 from __future__ import annotations
@@ -25,10 +25,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sterna.core.errors import QuantizeError
+from sterna.core.machine import num_usable_cpus
 from sterna.kernels.quant_weight import QuantWeight, scale_values
 from sterna.kernels.tiles import TILE_ROWS, pack_tiles
-from sterna.quant.formats import SCALE_DTYPES, Element, ScaleKind, WeightFormat, encode
-from sterna.quant.formats import round_to_grid as to_grid
+from sterna.quant.formats import (
+    SCALE_DTYPES,
+    Element,
+    ScaleKind,
+    WeightFormat,
+    encode,
+    round_to_grid_,
+)
+from sterna.quant.threads import map_runs
 
 ScaleSearch = Literal["absmax", "fast", "mse"]
 # Grid points of a search, absmax included. Gaussian rows of 576 in fp6: 31.16, 31.38, 31.48 dB.
@@ -45,6 +53,20 @@ class Rows:
     """Codes and scales of some rows, before tiling. codes [N, K], scales [N, G], formats [N]."""
 
     codes: Tensor
+    scales: Tensor
+    formats: Tensor | None
+
+    def slice(self, first: int, stop: int) -> Rows:
+        """Rows [first, stop)."""
+        formats = None if self.formats is None else self.formats[first:stop]
+        return Rows(self.codes[first:stop], self.scales[first:stop], formats)
+
+
+@dataclass(frozen=True, slots=True)
+class TiledRows:
+    """The same in the layout of QuantWeight: tiles [R, K64, ...], scales [R, G, 16]."""
+
+    tiles: Tensor
     scales: Tensor
     formats: Tensor | None
 
@@ -70,8 +92,10 @@ def quantize_weight(
             f"{name}: importance of {tuple(importance.shape)} inputs, the weight has "
             f"{weight.shape[1]}; calibrate on the same model"
         )
-    runs = [quantize_rows(run, fmt, search, importance) for run in _runs(weight)]
-    return pack_rows(runs, fmt, weight.shape[1], is_gated)
+    halves = weight.chunk(2) if is_gated else (weight,)
+    runs = [run for half in halves for run in _runs(half)]
+    parts = map_runs(lambda run: tile_rows(quantize_rows(run, fmt, search, importance), fmt), runs)
+    return _joined(parts, fmt, weight.shape[1], halves[0].shape[0], is_gated)
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -109,32 +133,43 @@ def quantize_rows(
     return Rows(codes.flatten(1)[:, : weight.shape[1]], scales, formats)
 
 
-def pack_rows(runs: list[Rows], fmt: WeightFormat, in_features: int, is_gated: bool) -> QuantWeight:
-    """Join runs of rows and lay them out in tiles."""
-    codes = torch.cat([run.codes for run in runs])
-    halves = 2 if is_gated else 1
-    tiles = [pack_tiles(half, fmt.bits) for half in codes.chunk(halves)]
-    scales = [_by_block(half) for half in torch.cat([r.scales for r in runs]).chunk(halves)]
-    formats = None
-    if fmt.is_mixed:
-        chosen = torch.cat([run.formats[:, None] for run in runs if run.formats is not None])
-        formats = torch.cat([_by_block(half).squeeze(1) for half in chosen.chunk(halves)])
+def pack_rows(rows: Rows, fmt: WeightFormat, is_gated: bool) -> QuantWeight:
+    """Lay rows out in tiles; [gate; up] when gated."""
+    num_rows, in_features = rows.codes.shape
+    size = num_rows // (1 + is_gated)
+    parts = [tile_rows(rows.slice(i, i + size), fmt) for i in range(0, num_rows, size)]
+    return _joined(parts, fmt, in_features, size, is_gated)
+
+
+def tile_rows(rows: Rows, fmt: WeightFormat) -> TiledRows:
+    """Whole row blocks of some rows, padded with zeros."""
+    formats = None if rows.formats is None else _by_block(rows.formats[:, None]).squeeze(1)
+    return TiledRows(pack_tiles(rows.codes, fmt.bits), _by_block(rows.scales), formats)
+
+
+def _joined(
+    parts: list[TiledRows], fmt: WeightFormat, in_features: int, out_features: int, is_gated: bool
+) -> QuantWeight:
+    formats = [part.formats for part in parts if part.formats is not None]
     return QuantWeight(
-        torch.cat(tiles),
-        torch.cat(scales),
+        torch.cat([part.tiles for part in parts]),
+        torch.cat([part.scales for part in parts]),
         fmt.table(),
-        formats,
+        torch.cat(formats) if formats else None,
         fmt.bits,
         fmt.group_size,
         in_features,
-        codes.shape[0] // halves,
+        out_features,
         is_gated,
     )
 
 
-def _runs(weight: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _RUN_ELEMS // max(weight.shape[1], 1))
-    yield from torch.split(weight, rows)
+def _runs(weight: Tensor) -> tuple[Tensor, ...]:
+    """Runs of whole row blocks, as even as they come, in a multiple of the CPUs' number."""
+    rounds = -(-weight.numel() // (_RUN_ELEMS * num_usable_cpus()))
+    blocks = -(-weight.shape[0] // TILE_ROWS)
+    per_run = max(1, -(-blocks // (rounds * num_usable_cpus())))
+    return torch.split(weight, per_run * TILE_ROWS)
 
 
 def _by_block(values: Tensor) -> Tensor:
@@ -160,9 +195,10 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     """Stored scales [n, G] of the smallest error, and that error [n, G]."""
     base = grouped.abs().amax(dim=2) / element.max_value
+    scratch = torch.empty_like(grouped), torch.empty_like(grouped)
     best = best_error = torch.empty(0)
     for stored in _candidates(base, element, kind, _POINTS[search]):
-        error = _error(grouped, scale_values(stored), element, importance)
+        error = _error(grouped, scale_values(stored), element, importance, scratch)
         if best.numel() == 0:
             best, best_error = stored, error
             continue
@@ -197,12 +233,20 @@ def _to_e8m0(absmax: Tensor, element: Element, shift: int) -> Tensor:
     return torch.where(absmax == 0, torch.full_like(stored, 127), stored)
 
 
-def _error(grouped: Tensor, scale: Tensor, element: Element, importance: Tensor | None) -> Tensor:
-    """Weighted squared error [n, G] of rounding to nearest with `scale` [n, G]."""
-    scaled = grouped / scale[:, :, None]
-    miss = to_grid(scaled, element).sub_(scaled)
-    if importance is None:
-        squares = torch.einsum("ngk,ngk->ng", miss, miss)
-    else:
-        squares = miss.square_().mul_(importance).sum(dim=2)
-    return squares * scale.square()
+def _error(
+    grouped: Tensor,
+    scale: Tensor,
+    element: Element,
+    importance: Tensor | None,
+    scratch: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Weighted squared error [n, G] of rounding to nearest with `scale` [n, G].
+
+    Nothing of the run's size is allocated: that would cost page faults in every thread.
+    """
+    rounded, spare = scratch
+    torch.div(grouped, scale[:, :, None], out=rounded)
+    round_to_grid_(rounded, spare, element)
+    miss = torch.addcmul(grouped, rounded, scale[:, :, None], value=-1, out=spare)
+    squares = miss.square_() if importance is None else miss.square_().mul_(importance)
+    return squares.sum(dim=2)
