@@ -109,3 +109,53 @@ def test_logits_and_embed_share_a_table(backend, dtype, name):
     got = calls.quant_logits(backend.eager, x, *w, 101, 5.0, 0.5)
     assert got.dtype == torch.float32
     close(got, quant_reference.quant_logits(x.float(), *w, 101, 5.0, 0.5))
+
+
+# e2m3 (one plane) with every kind of group, e3m2 and mixed rows (two planes), each other width
+INT8_FORMATS = ["fp6", "fp6-g128", "fp6-g32", "fp6-e3m2", "fp6-mixed", "fp6-mixed-g32", "fp5",
+                "mxfp4", "int4-g64", "int5", "int6-g32", "int8", "int8-g128"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", INT8_FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_activations(backend, dtype, name, shape):
+    """Sums are exact integers, so only the scales' products and additions round."""
+    k, n = shape
+    w = weight(name, k, n).flat()
+    x, bias, residual = rand(300, k, dtype=dtype), rand(n, dtype=dtype), rand(300, n, dtype=dtype)
+    whole = calls.quant_linear(backend.eager, x, *w, bias, residual, n, True)
+    grid, *rest = floats(quant_reference.int8_rows(x), bias, residual)
+    close(whole, quant_reference.quant_linear(grid, *w, *rest, n))
+    sums = calls.quant_logits(backend.eager, x, *w, n, int8_activations=True)
+    close(sums, quant_reference.quant_logits(x, *w, n, int8_activations=True))
+    for start, stop in [(0, 1), (3, 5), (20, 33), (7, 137)]:
+        part = calls.quant_logits(backend.eager, x[start:stop], *w, n, int8_activations=True)
+        assert torch.equal(part, sums[start:stop])
+
+
+@pytest.mark.parametrize("name", ["fp6", "fp6-mixed", "int4-g32"])
+def test_int8_activations_gated(backend, name):
+    w = weight(name, 200, 72, is_gated=True).flat()
+    x = rand(40, 200, dtype=torch.bfloat16)
+    got = calls.quant_gated_linear(backend.eager, x, *w, "silu", 72, True)
+    grid = quant_reference.int8_rows(x)
+    close(got, quant_reference.quant_gated_linear(grid, *w, "silu", 72))
+
+
+def test_int8_activations_of_odd_rows(backend):
+    """Zero rows give zero, rows with NaN or infinity give NaN, and neighbours do not notice."""
+    w = weight("fp6", 200, 40).flat()
+    x = rand(5, 200)
+    x[1], x[2, 7], x[3, 199] = 0.0, float("nan"), float("inf")
+    got = calls.quant_linear(backend.eager, x, *w, None, None, 40, True)
+    want = quant_reference.quant_linear(x, *w, None, None, 40, True)
+    assert got[2:4].isnan().all() and want[2:4].isnan().all()
+    assert torch.equal(got[1], torch.zeros(40))
+    close(got[[0, 4]], want[[0, 4]])
+
+
+def test_int8_activations_refuse_fp8(backend):
+    w = weight("fp8", 64, 40).flat()
+    with pytest.raises(KernelError, match="every format but fp8"):
+        calls.quant_linear(backend.eager, rand(2, 64), *w, None, None, 40, True)

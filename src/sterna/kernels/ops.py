@@ -9,7 +9,9 @@ an output row never depends on the other rows of the call (batch-invariant).
 
 The `quant_*` ops are the same ops on a quantised weight, given flat (`QuantWeight.flat()` of
 `quant_weight.py`): tiles of codes, scales, table of code values, row formats, bits, group size,
-in_features. Their activations are exact: codes are decoded, activations are never rounded.
+in_features. Their activations are exact: codes are decoded, activations are never rounded. With
+`int8_activations` (opt-in; every format but fp8) each row of x is rounded to round(x * 127 / m) *
+m / 127, m its largest magnitude, and the sums of a scale group are exact integers.
 
 Weights of `linear`, `gated_linear`, `logits` and `embed` come plain ([N, K], the Hugging Face
 layout) or packed by `pack_weight` (4-D, layout owned by the back end). Both give the same bits.
@@ -148,10 +150,11 @@ def quant_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out_features: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [T, K], weight [N, K] quantised -> [T, N] as `linear`."""
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
-    return _quant_linear(x, *weight, bias, residual, out_features)
+    return _quant_linear(x, *weight, bias, residual, out_features, int8_activations)
 
 
 def quant_gated_linear(
@@ -165,13 +168,14 @@ def quant_gated_linear(
     in_features: int,
     activation: str,
     out_features: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [T, K], gated weight -> [T, I] as `gated_linear`.
 
     The row blocks of gate come first, then those of up; each half is padded by itself.
     """
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
-    return _quant_gated_linear(x, *weight, activation, out_features)
+    return _quant_gated_linear(x, *weight, activation, out_features, int8_activations)
 
 
 def quant_logits(
@@ -186,10 +190,11 @@ def quant_logits(
     vocab_size: int,
     softcap: float = 0.0,
     scale: float = 1.0,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [R, D], weight [V, D] quantised -> float32 [R, V] as `logits`."""
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
-    return _quant_logits(x, *weight, vocab_size, softcap, scale)
+    return _quant_logits(x, *weight, vocab_size, softcap, scale, int8_activations)
 
 
 def rope(

@@ -78,17 +78,20 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec(
         "quant_linear",
-        f"Tensor x, {_QUANT}, int in_features, Tensor? bias, Tensor? residual, int out_features",
+        f"Tensor x, {_QUANT}, int in_features, Tensor? bias, Tensor? residual, int out_features, "
+        "bool int8_activations=False",
         quant_reference.quant_linear,
     ),
     OpSpec(
         "quant_gated_linear",
-        f"Tensor x, {_QUANT}, int in_features, str activation, int out_features",
+        f"Tensor x, {_QUANT}, int in_features, str activation, int out_features, "
+        "bool int8_activations=False",
         quant_reference.quant_gated_linear,
     ),
     OpSpec(
         "quant_logits",
-        f"Tensor x, {_QUANT}, int in_features, int vocab_size, float softcap=0.0, float scale=1.0",
+        f"Tensor x, {_QUANT}, int in_features, int vocab_size, float softcap=0.0, "
+        "float scale=1.0, bool int8_activations=False",
         quant_reference.quant_logits,
     ),
     OpSpec("activate", "Tensor x, str kind", reference.activate),

@@ -26,10 +26,12 @@ def quant_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out_features: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x @ w.T + bias + residual, rounded once."""
     w = dequantize_tiles(tiles, scales, table, row_formats, bits, group_size, in_features)
-    return reference.linear(x, w[:out_features], bias, residual, out_features)
+    rows = _activations(x, int8_activations)
+    return reference.linear(rows, w[:out_features], bias, residual, out_features).to(x.dtype)
 
 
 def quant_gated_linear(
@@ -43,10 +45,12 @@ def quant_gated_linear(
     in_features: int,
     activation: str,
     out_features: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """activation(x @ gate.T) * (x @ up.T)."""
     w = dequantize_tiles(tiles, scales, table, row_formats, bits, group_size, in_features)
-    return reference.gated_linear(x, drop_half_padding(w, out_features), activation, out_features)
+    halves, rows = drop_half_padding(w, out_features), _activations(x, int8_activations)
+    return reference.gated_linear(rows, halves, activation, out_features).to(x.dtype)
 
 
 def quant_logits(
@@ -61,10 +65,28 @@ def quant_logits(
     vocab_size: int,
     softcap: float = 0.0,
     scale: float = 1.0,
+    int8_activations: bool = False,
 ) -> Tensor:
     """float32 x @ w.T * scale, then the soft cap."""
     w = dequantize_tiles(tiles, scales, table, row_formats, bits, group_size, in_features)
-    return reference.logits(x, w[:vocab_size], vocab_size, softcap, scale)
+    rows = _activations(x, int8_activations)
+    return reference.logits(rows, w[:vocab_size], vocab_size, softcap, scale)
+
+
+def int8_rows(x: Tensor) -> Tensor:
+    """x [T, K] on the int8 grid of each row, float32: round(x * 127 / absmax) * (absmax / 127).
+
+    A row with an element that is not finite becomes NaN.
+    """
+    largest = x.float().abs().amax(dim=1, keepdim=True)
+    # a tensor over a tensor: `127.0 / largest` is a reciprocal and a product, rounded twice
+    inverse = torch.where(largest > 1e-30, torch.full_like(largest, 127.0) / largest, 0.0)
+    rows = (x.float() * inverse).round() * (largest / 127.0)
+    return torch.where(largest.isfinite(), rows, torch.nan)
+
+
+def _activations(x: Tensor, is_int8: bool) -> Tensor:
+    return int8_rows(x) if is_int8 else x
 
 
 def quant_embed(

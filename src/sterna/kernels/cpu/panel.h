@@ -1,11 +1,10 @@
 // Tiles -> a panel of two blocks (32 outputs) in walk order, for the micro-kernels.
 #pragma once
-#include "walk.h"
+#include "quant.h"
 
 namespace sterna {
 namespace STERNA_ISA {
 
-constexpr int CHUNK = 16;        // tiles decoded at a time: 64 KB as bf16, half of float32
 constexpr int PAIR = 2 * PANEL;  // elements of a step: 32 outputs x 2 k
 
 // One tile of one block into `dst`, steps PAIR apart: [step][32 outputs][2] for bfloat16,

@@ -1,8 +1,312 @@
+// quant_linear with int8 activations (rows of QuantRowsArgs): integer dots, exact sums, and one
+// float32 product with the scale a group. Row x of the result = sum over groups of
+// (integer sum) * scale, times the row's scale and the unit of the weight values.
+//
+// AVX-512 VNNI: vpdpbusd multiplies unsigned by signed bytes, four k a lane. The weight is the
+// unsigned side, 128 too high; sums start at -128 times the sum of their activations, which comes
+// with the rows. Values beyond a byte (e3m2: up to 448 sixteenths) are two planes, 16 * high + low.
+// Other sets: 16-bit weights and plain multiplications.
+#include "int8_table.h"
 #include "quant.h"
 
 namespace sterna {
 namespace STERNA_ISA {
-int int8_units(const QuantLinearArgs&, int) { return 0; }
-void int8_run(const QuantLinearArgs&, int, const Worker&, int) {}
+namespace {
+
+typedef int32_t ints __attribute__((vector_size(64)));  // one a row of a block
+
+struct Rows {
+  const char* x;
+  int64_t row_bytes, tiles;
+  const int8_t* codes(int row, int tile) const {
+    return reinterpret_cast<const int8_t*>(x + row * row_bytes + tile * TILE_K);
+  }
+  // Sum of the codes of half tiles [0, half).
+  int32_t sum_before(int row, int half) const {
+    return load_as<int32_t>(x + row * row_bytes + tiles * TILE_K + 4 * half);
+  }
+  float scale(int row) const {
+    return load_as<float>(x + row * row_bytes + tiles * TILE_K + 4 * (2 * tiles + 1));
+  }
+};
+
+// Word (q, j) of a decoded tile; the words of a scale group of 32 are kept together.
+INLINE int word_at(bool halves, int q, int j) {
+  return halves ? j / 2 * 8 + q * 2 + j % 2 : q * 4 + j;
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+constexpr int MAX_MR = 12, MAX_PLANES = 2;
+
+// A code's value in units, as the unsigned bytes of its planes.
+struct Int8Values {
+  alignas(64) uint8_t of[2][MAX_PLANES][TABLE];
+  int planes;
+  Int8Values(const QuantWeight& w, float unit) {
+    const int codes = 1 << w.bits, tables = w.row_formats ? 2 : 1;
+    planes = is_one_plane(w.table, codes * tables, unit) ? 1 : 2;
+    const float per_unit = 1.f / unit;  // a power of two
+    for (int t = 0; t < tables; ++t) {
+      for (int i = 0; i < codes; ++i) {
+        int32_t v = int32_t(w.table[t * codes + i] * per_unit), high = v >> 4;  // floor
+        of[t][0][i] = uint8_t((planes == 1 ? v : high) + 128);
+        of[t][1][i] = uint8_t(v - INT8_PLANE * high);
+      }
+      for (int p = 0; p < MAX_PLANES; ++p)
+        for (int n = codes; n < TABLE; n *= 2) std::memcpy(of[t][p] + n, of[t][p], n);
+    }
+  }
+};
+
+template <int BITS>
+INLINE __m512i look_up(const uint8_t* table, __m512i code) {
+  if (BITS < 8) return _mm512_permutexvar_epi8(code, _mm512_load_si512(table));
+  __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), code,
+                                         _mm512_load_si512(table + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), code,
+                                          _mm512_load_si512(table + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
+}
+
+struct Panel {
+  static constexpr int WORD = 128;  // bytes: 64 of each block
+  alignas(64) uint8_t data[CHUNK * 16 * WORD * MAX_PLANES];
+  uint8_t* at(int planes, int word) { return data + int64_t(word) * WORD * planes; }
+};
+
+// Tiles of one block; a word is [plane][block][64].
+template <int BITS>
+void decode(const QuantWeight& w, const Int8Values& values, int block, int half, int tile,
+            int count, Panel& panel) {
+  const __mmask16 second = w.row_formats ? __mmask16(second_table_rows(w, block)) : 0;
+  for (int t = 0; t < count; ++t)
+    for (int q = 0; q < 4; ++q) {
+      words c[4];
+      Codes<BITS>::load(tile_at(w, block, tile + t) + q * Codes<BITS>::Q_BYTES, c);
+      for (int j = 0; j < 4; ++j)
+        for (int p = 0; p < values.planes; ++p) {
+          __m512i v = look_up<BITS>(values.of[0][p], (__m512i)c[j]);
+          if (second)
+            v = _mm512_mask_blend_epi32(second, v, look_up<BITS>(values.of[1][p], (__m512i)c[j]));
+          uint8_t* out = panel.at(values.planes, t * 16 + word_at(w.group == 32, q, j));
+          _mm512_storeu_si512(out + p * Panel::WORD + half * 64, v);
+        }
+    }
+}
+
+// Integer sums of words [0, 4 * NW) of a panel: NW words a q.
+template <int MR, int PLANES, int NW>
+INLINE void dots(__m512i (&acc)[MR][2 * PLANES], const int8_t* x, int64_t stride,
+                 const uint8_t* panel) {
+  for (int q = 0; q < 4; ++q) {
+    UNROLL for (int j = 0; j < NW; ++j) {
+      const uint8_t* w = panel + int64_t(q * NW + j) * Panel::WORD * PLANES;
+      __m512i v[2 * PLANES];
+      UNROLL for (int i = 0; i < 2 * PLANES; ++i) v[i] = _mm512_loadu_si512(w + 64 * i);
+      UNROLL for (int r = 0; r < MR; ++r) {
+        __m512i word = _mm512_set1_epi32(load_as<int32_t>(x + r * stride + (q * 4 + j) * 4));
+        UNROLL for (int i = 0; i < 2 * PLANES; ++i)
+          acc[r][i] = _mm512_dpbusd_epi32(acc[r][i], v[i], word);
+      }
+    }
+  }
+}
+
+// sum[MR][2 blocks] of half tiles [first, stop) of the chunk that begins at `tile`; with groups of
+// 32 that is one half, else whole tiles.
+template <int MR, int PLANES>
+INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile, int first, int stop,
+                         Panel& panel) {
+  __m512i acc[MR][2 * PLANES];
+  UNROLL for (int r = 0; r < MR; ++r) {
+    int32_t codes = x.sum_before(row + r, 2 * tile + stop) - x.sum_before(row + r, 2 * tile + first);
+    UNROLL for (int i = 0; i < 2 * PLANES; ++i)
+      acc[r][i] = _mm512_set1_epi32(i < 2 ? -128 * codes : 0);
+  }
+  if (stop - first == 1)
+    dots<MR, PLANES, 2>(acc, x.codes(row, tile + first / 2) + first % 2 * 8, x.row_bytes,
+                        panel.at(PLANES, first * 8));
+  else
+    for (int t = first / 2; t < stop / 2; ++t)
+      dots<MR, PLANES, 4>(acc, x.codes(row, tile + t), x.row_bytes, panel.at(PLANES, t * 16));
+  UNROLL for (int r = 0; r < MR; ++r)
+    UNROLL for (int b = 0; b < 2; ++b) {
+      __m512i v = acc[r][b];
+      if (PLANES == 2) v = _mm512_add_epi32(_mm512_slli_epi32(v, 4), acc[r][2 * PLANES - 2 + b]);
+      sum[r][b] = (ints)v;
+    }
+}
+#else
+constexpr int MAX_MR = 4, MAX_PLANES = 1;
+
+struct Int8Values {
+  int16_t of[2][1][TABLE];
+  int planes = 1;
+  Int8Values(const QuantWeight& w, float unit) {
+    const int codes = 1 << w.bits;
+    for (int t = 0; t < (w.row_formats ? 2 : 1); ++t)
+      for (int i = 0; i < TABLE; ++i)
+        of[t][0][i] = int16_t(w.table[t * codes + i % codes] * (1.f / unit));
+  }
+};
+
+struct Panel {
+  int16_t data[CHUNK * 16 * 4][PANEL];  // [word, byte of it][output]
+};
+
+template <int BITS>
+void decode(const QuantWeight& w, const Int8Values& values, int block, int half, int tile,
+            int count, Panel& panel) {
+  const uint32_t second = w.row_formats ? second_table_rows(w, block) : 0;
+  for (int t = 0; t < count; ++t)
+    for (int q = 0; q < 4; ++q) {
+      words c[4];
+      Codes<BITS>::load(tile_at(w, block, tile + t) + q * Codes<BITS>::Q_BYTES, c);
+      for (int j = 0; j < 4; ++j)
+        for (int b = 0; b < 4; ++b) {
+          int16_t* out = panel.data[(t * 16 + word_at(w.group == 32, q, j)) * 4 + b];
+          for (int r = 0; r < BLOCK; ++r)
+            out[half * BLOCK + r] = values.of[second >> r & 1][0][c[j][r] >> (8 * b) & 255];
+        }
+    }
+}
+
+template <int MR, int PLANES>
+INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile, int first, int stop,
+                         Panel& panel) {
+  const int size = stop - first == 1 ? 2 : 4;  // words a q
+  for (int r = 0; r < MR; ++r) {
+    int32_t acc[PANEL] = {};
+    for (int t = first / 2; t < (stop + 1) / 2; ++t)
+      for (int i = 0; i < 4 * size; ++i) {
+        int word = size == 4 ? i : i / 2 * 4 + first % 2 * 2 + i % 2;  // of the activations
+        const int8_t* codes = x.codes(row + r, tile + t) + word * 4;
+        const int16_t(*w)[PANEL] = panel.data + (t * 16 + (size == 4 ? 0 : first % 2 * 8) + i) * 4;
+        for (int b = 0; b < 4; ++b)
+          for (int o = 0; o < PANEL; ++o) acc[o] += int32_t(w[b][o]) * codes[b];
+      }
+    std::memcpy(sum[r], acc, sizeof(acc));
+  }
+}
+#endif
+
+struct Scratch {
+  Panel panel;
+  alignas(64) float scales[2 * CHUNK][PANEL];
+  alignas(64) float state[ROW_BLOCK][PANEL];  // totals; or, of a row scale, integer sums
+};
+static_assert(sizeof(Scratch) + 64 <= SCRATCH_BYTES, "scratch");
+
+struct Unit : PairUnit {
+  const QuantLinearArgs& a;
+  Rows x;
+  Scratch& s;
+};
+struct Span {
+  int first, count;
+  bool is_last;
+};
+
+// What a block's 16 integer sums come to: lanes of VW floats at a time.
+INLINE void add_group(float* total, const ints& sum, const float* scale) {
+#if defined(__AVX512F__)
+  vf v = __builtin_convertvector((vi)sum, vf);
+  return store(total, multiply_add(v, load(scale), load(total)));
+#endif
+  alignas(64) int32_t lanes[BLOCK];
+  store_as(lanes, sum);
+  for (int c = 0; c < BLOCK; c += VW) {
+    vf v = __builtin_convertvector(load_as<vi>(lanes + c), vf);
+    store(total + c, multiply_add(v, load(scale + c), load(total + c)));
+  }
+}
+
+template <int MR, int PLANES>
+void rows_of(const Unit& u, const Span& span, int row) {
+  const int group = u.a.w.group ? u.a.w.group / 32 : 2 * span.count;  // half tiles
+  float(*state)[PANEL] = u.s.state + (row - u.row);
+  if (!span.first) std::memset(state, 0, sizeof(float) * PANEL * MR);
+  for (int first = 0; first < 2 * span.count; first += group) {
+    int stop = first + group < 2 * span.count ? first + group : 2 * span.count;
+    ints sum[MR][2];
+    integer_sums<MR, PLANES>(sum, u.x, row, span.first, first, stop, u.s.panel);
+    for (int r = 0; r < MR; ++r)
+      for (int b = 0; b < 2; ++b) {
+        float* out = state[r] + b * BLOCK;
+        if (u.a.w.group) add_group(out, sum[r][b], u.s.scales[first / group] + b * BLOCK);
+        else store_as(out, load_as<ints>(out) + sum[r][b]);
+      }
+  }
+}
+
+template <int PLANES, int MR>
+void rows_of_height(const Unit& u, const Span& span, int row, int height) {
+  if (height == MR) return rows_of<MR, PLANES>(u, span, row);
+  if constexpr (MR > 1) rows_of_height<PLANES, MR - 1>(u, span, row, height);
+}
+
+// Integer sums of a row scale to totals; then the scale of the activation row.
+void scale_row(const Unit& u, int row) {
+  float* state = u.s.state[row - u.row];
+  if (!u.a.w.group)
+    for (int b = 0; b < 2; ++b) {
+      ints sum = load_as<ints>(state + b * BLOCK);
+      std::memset(state + b * BLOCK, 0, sizeof(float) * BLOCK);
+      add_group(state + b * BLOCK, sum, u.s.scales[0] + b * BLOCK);
+    }
+  vf factor = splat(u.x.scale(row) * u.a.int8_unit);
+  for (int c = 0; c < PANEL; c += VW) store(state + c, load(state + c) * factor);
+}
+
+template <class T>
+void finish_rows(const Unit& u, int row, int end) {
+  for (int r = row; r < end; ++r) scale_row(u, r);
+  for (int r = row; r < end; r += 4) store_outputs<T>(u.a, u, r, end, u.s.state[r - u.row]);
+}
+
+void multiply_rows(const Unit& u, const Span& span, int planes) {
+  const int most = planes == 1 ? MAX_MR : MAX_MR / 2;
+  int row = u.row;
+  for (int left = (u.end - row + most - 1) / most; left > 0; --left) {
+    int height = (u.end - row + left - 1) / left;
+    if constexpr (MAX_PLANES == 2)
+      if (planes == 2) rows_of_height<2, MAX_MR / 2>(u, span, row, height);
+    if (planes == 1) rows_of_height<1, MAX_MR>(u, span, row, height);
+    if (span.is_last)
+      u.a.dtype ? finish_rows<bf16>(u, row, row + height) : finish_rows<float>(u, row, row + height);
+    row += height;
+  }
+}
+
+void decode_chunk(const QuantWeight& w, const Int8Values& values, int block, int half, int tile,
+                  int count, Panel& panel) {
+  switch (w.bits) {
+    case 4: return decode<4>(w, values, block, half, tile, count, panel);
+    case 5: return decode<5>(w, values, block, half, tile, count, panel);
+    case 6: return decode<6>(w, values, block, half, tile, count, panel);
+    default: return decode<8>(w, values, block, half, tile, count, panel);
+  }
+}
+
+}  // namespace
+
+int int8_units(const QuantLinearArgs& a, int rows) { return PairCut(a, rows).units(); }
+
+void int8_run(const QuantLinearArgs& a, int rows, const Worker& worker, int unit) {
+  const QuantWeight& w = a.w;
+  const Int8Values values(w, a.int8_unit);
+  Rows x{static_cast<const char*>(a.x), int8_row_bytes(w.in_features), num_tiles(w)};
+  Scratch& s = *reinterpret_cast<Scratch*>((uintptr_t(worker.scratch) + 63) / 64 * 64);
+  Unit u{PairCut(a, rows).at(unit, a.gate), a, x, s};
+  const int tiles = num_tiles(w);
+  for (int first = 0; first < tiles; first += CHUNK) {
+    int count = tiles - first < CHUNK ? tiles - first : CHUNK;
+    for (int i = 0; i < 2; ++i)
+      if (u.block[i] >= 0) decode_chunk(w, values, u.block[i], i, first, count, s.panel);
+    copy_scales(w, u.block, first, s.scales);
+    multiply_rows(u, {first, count, first + count == tiles}, values.planes);
+  }
+}
+
 }  // namespace STERNA_ISA
 }  // namespace sterna

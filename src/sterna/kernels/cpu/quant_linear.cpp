@@ -20,7 +20,6 @@ constexpr int MAX_MR = 12, NV = 2;
 #else
 constexpr int MAX_MR = 4, NV = 2;
 #endif
-constexpr int ROW_BLOCK = 256;  // rows that share a decoded chunk; their x chunk stays in L2
 
 // Scratch of a unit.
 template <class T>
@@ -32,13 +31,10 @@ struct Scratch {
 };
 static_assert(sizeof(Scratch<float>) + 64 <= SCRATCH_BYTES, "scratch");
 
-// What one unit does: rows [row, end) times two blocks of the weight; -1 = no second block.
 template <class T>
-struct Unit {
+struct Unit : PairUnit {
   const QuantLinearArgs& a;
   Scratch<T>& s;
-  int row, end;
-  int block[2];
 };
 
 // Tiles [first, first + count) for all rows of a unit. The last `tail` of them come from Scratch.
@@ -112,27 +108,6 @@ void rows_of_height(const Unit<T>& u, const Span& span, int row, int height) {
   if constexpr (MR > 1) rows_of_height<T, MR - 1>(u, span, row, height);
 }
 
-// Four rows, or as many as there are before `end`.
-template <class T>
-void store_outputs(const Unit<T>& u, int row, int end) {
-  constexpr int N = 4;
-  const float* total = u.s.state[row - u.row];
-  for (int c = 0; c < BLOCK; c += VW) {
-    vf first[N], second[N];
-    UNROLL for (int r = 0; r < N; ++r) {
-      const float* t = total + (row + r < end ? r : 0) * PANEL + c;
-      first[r] = pinned(load(t));
-      second[r] = pinned(load(t + BLOCK));
-    }
-    if (u.a.gate) gate_all(u.a.gate, first, second);
-    int col = u.block[0] * BLOCK + c;
-    for (int r = 0; r < N && row + r < end; ++r) {
-      finish<T>(u.a, row + r, col, first[r]);
-      if (!u.a.gate && u.block[1] >= 0) finish<T>(u.a, row + r, col + BLOCK, second[r]);
-    }
-  }
-}
-
 // All rows of the unit in tiles of nearly equal height.
 template <class T>
 void multiply_rows(const Unit<T>& u, const Span& span) {
@@ -141,7 +116,8 @@ void multiply_rows(const Unit<T>& u, const Span& span) {
     int height = (u.end - row + left - 1) / left;
     rows_of_height<T, MAX_MR>(u, span, row, height);
     if (span.is_last)
-      for (int r = row; r < row + height; r += 4) store_outputs(u, r, row + height);
+      for (int r = row; r < row + height; r += 4)
+        store_outputs<T>(u.a, u, r, row + height, u.s.state[r - u.row]);
     row += height;
   }
 }
@@ -155,18 +131,6 @@ void copy_tail(const Unit<T>& u, int first_k) {
     std::memset(out, 0, sizeof(T) * 2 * TILE_K);
     std::memcpy(out, x, sizeof(T) * count);
   }
-}
-
-// The scales of a span; a group past the end of the weight (half a tile of padding) gets 0.
-template <class T>
-void copy_scales(const Unit<T>& u, const Span& span) {
-  const QuantWeight& w = u.a.w;
-  int first = w.group ? span.first * TILE_K / w.group : 0;
-  int left = num_groups(w) - first, most = CHUNK * TILE_K / (w.group ? w.group : CHUNK * TILE_K);
-  std::memset(u.s.scales, 0, sizeof(u.s.scales));
-  for (int i = 0; i < 2; ++i)
-    for (int g = 0; u.block[i] >= 0 && g < (left < most ? left : most); ++g)
-      store_as(u.s.scales[g] + i * BLOCK, scales_of(w, u.block[i], first + g));
 }
 
 template <class T>
@@ -183,34 +147,15 @@ void run_unit(const Unit<T>& u) {
     for (int i = 0; i < 2; ++i)
       if (u.block[i] >= 0)
         decode_chunk(w, values, u.block[i], i, first, span.count, u.s.panel);
-    copy_scales(u, span);
+    copy_scales(w, u.block, first, u.s.scales);
     multiply_rows(u, span);
   }
 }
 
-// How a call is cut: pairs of blocks within a block of rows.
-struct Cut {
-  int rows, blocks, pairs, row_blocks;
-  Cut(const QuantLinearArgs& a, int num_rows) : rows(num_rows), blocks(num_blocks(a)) {
-    pairs = a.gate ? blocks : (blocks + 1) / 2;
-    row_blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  }
-  int units() const { return pairs * row_blocks; }
-};
-
 template <class T>
 void panel_run(const QuantLinearArgs& a, int rows, const Worker& w, int unit) {
-  Cut cut(a, rows);
-  int per_block = (rows + cut.row_blocks - 1) / cut.row_blocks;
-  int row = unit / cut.pairs * per_block, pair = unit % cut.pairs;
-  int end = row + per_block < rows ? row + per_block : rows;
   Scratch<T>& s = *reinterpret_cast<Scratch<T>*>((uintptr_t(w.scratch) + 63) / 64 * 64);
-  Unit<T> u{a, s, row, end, {pair, cut.blocks + pair}};
-  if (!a.gate) {
-    u.block[0] = 2 * pair;
-    u.block[1] = 2 * pair + 1 < cut.blocks ? 2 * pair + 1 : -1;
-  }
-  run_unit(u);
+  run_unit(Unit<T>{PairCut(a, rows).at(unit, a.gate), a, s});
 }
 
 }  // namespace
@@ -219,7 +164,7 @@ Kernel<QuantLinearArgs> quant_linear_kernel() {
   return {[](const QuantLinearArgs& a, const Step& step) {
             int rows = step.num_rows[a.rows_kind];
             if (a.int8_unit != 0.f) return int8_units(a, rows);
-            return few_serves(a, rows) ? few_units(a, rows) : Cut(a, rows).units();
+            return few_serves(a, rows) ? few_units(a, rows) : PairCut(a, rows).units();
           },
           [](const QuantLinearArgs& a, const Step& step, const Worker& w, int unit) {
             int rows = step.num_rows[a.rows_kind];
