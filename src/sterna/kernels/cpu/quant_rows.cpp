@@ -55,41 +55,44 @@ void embed_unit(const QuantEmbedArgs& a, int rows, int unit) {
   });
 }
 
-// 64 codes in the byte order of a tile: word (q, j), byte b.
-void permute_tile(const int8_t* codes, int8_t* out) {
-  struct Order {
-    alignas(64) uint8_t at[TILE_K];
-    Order() {
-      for (int i = 0; i < TILE_K; ++i) at[i] = uint8_t(k_of(i / 16, i / 4 % 4, i % 4));
-    }
-  };
-  static const Order order;
-#if defined(__AVX512VBMI__)
-  __m512i v = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), _mm512_loadu_si512(codes));
-  _mm512_storeu_si512(out, v);
-#else
-  for (int i = 0; i < TILE_K; ++i) out[i] = codes[order.at[i]];
-#endif
+// 64 codes to the byte order of a tile: word (q, j), byte b.
+struct Order {
+  alignas(64) uint8_t at[TILE_K];
+  Order() {
+    for (int i = 0; i < TILE_K; ++i) at[i] = uint8_t(k_of(i / 16, i / 4 % 4, i % 4));
+  }
+};
+
+// round(v * inverse) to integers, ties to even. The product is rounded by itself, as the reference
+// does, not fused with the addition.
+template <class T>
+vi rounded(const T* x, float inverse) {
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  return __builtin_convertvector((pinned(load(x) * splat(inverse)) + magic) - magic, vi);
 }
 
-// round(x * inverse) of 64 elements, ties to even; elements past `count` are 0.
+// 64 elements to codes in tile order, and the sums of the two halves.
 template <class T>
-void round_tile(const T* x, int count, float inverse, int8_t* out) {
-  T padded[TILE_K] = {};
-  if (count < TILE_K) {
-    std::memcpy(padded, x, sizeof(T) * count);
-    x = padded;
-  }
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  for (int k = 0; k < TILE_K; k += VW) {
-    vf scaled = pinned(load(x + k) * splat(inverse));  // rounded as in the reference, not fused
-    vi v = __builtin_convertvector((scaled + magic) - magic, vi);
-#if defined(__AVX512F__)
-    store_as(out + k, _mm512_cvtepi32_epi8((__m512i)v));
+void int8_tile(const T* x, float inverse, const Order& order, int8_t* out, int32_t (&sum)[2]) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+  __m512i v = {};
+  UNROLL for (int i = 0; i < 4; ++i)
+    v = _mm512_mask_broadcast_i32x4(v, __mmask16(15 << 4 * i),
+                                    _mm512_cvtepi32_epi8((__m512i)rounded(x + 16 * i, inverse)));
+  __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), v);
+  sum[0] = _mm512_mask_reduce_add_epi32(0x00ff, fours);
+  sum[1] = _mm512_mask_reduce_add_epi32(0xff00, fours);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi8(_mm512_load_si512(order.at), v));
 #else
-    for (int i = 0; i < VW; ++i) out[k + i] = int8_t(v[i]);
-#endif
+  int8_t codes[TILE_K];
+  for (int k = 0; k < TILE_K; k += VW) {
+    vi v = rounded(x + k, inverse);
+    for (int i = 0; i < VW; ++i) codes[k + i] = int8_t(v[i]);
   }
+  sum[0] = sum[1] = 0;
+  for (int k = 0; k < TILE_K; ++k) sum[k / 32] += codes[k];
+  for (int i = 0; i < TILE_K; ++i) out[i] = codes[order.at[i]];
+#endif
 }
 
 // The largest |x| of a row; NaN when an element is not finite: magnitudes order like the integers
@@ -114,38 +117,23 @@ float row_max(const T* x, int n) {
   return tail < 0x7f800000 ? out : NAN;
 }
 
-// The sums of the two halves of a tile of codes.
-void half_sums(const int8_t* codes, int32_t (&sum)[2]) {
-#if defined(__AVX512VNNI__)
-  __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1),
-                                      _mm512_loadu_si512(codes));
-  sum[0] = _mm512_mask_reduce_add_epi32(0x00ff, fours);
-  sum[1] = _mm512_mask_reduce_add_epi32(0xff00, fours);
-#else
-  for (int half = 0; half < 2; ++half) {
-    sum[half] = 0;
-    for (int k = 0; k < TILE_K / 2; ++k) sum[half] += codes[half * TILE_K / 2 + k];
-  }
-#endif
-}
-
 template <class T>
-void int8_row(const QuantRowsArgs& a, int row) {
+void int8_row(const QuantRowsArgs& a, const Order& order, int row) {
   const int n = a.in_features, tiles = (n + TILE_K - 1) / TILE_K;
   const T* x = static_cast<const T*>(a.x) + int64_t(row) * n;
   uint8_t* out = a.out + row * int8_row_bytes(n);
+  uint8_t* sums = out + tiles * TILE_K;
   float most = row_max(x, n), inverse = most > 1e-30f ? 127.f / most : 0.f;
   int32_t total = 0;
-  uint8_t* sums = out + tiles * TILE_K;
+  T last[TILE_K] = {};  // the end of the row, zero padded
+  if (n % TILE_K) std::memcpy(last, x + n / TILE_K * TILE_K, sizeof(T) * (n % TILE_K));
   for (int t = 0; t < tiles; ++t) {
-    int8_t codes[TILE_K];
-    round_tile(x + t * TILE_K, n - t * TILE_K, inverse, codes);
-    permute_tile(codes, reinterpret_cast<int8_t*>(out) + t * TILE_K);
-    int32_t halves[2];
-    half_sums(codes, halves);
+    int32_t half[2];
+    const T* from = (t + 1) * TILE_K <= n ? x + t * TILE_K : last;
+    int8_tile(from, inverse, order, reinterpret_cast<int8_t*>(out) + t * TILE_K, half);
     store_as(sums + 8 * t, total);
-    store_as(sums + 8 * t + 4, total + halves[0]);
-    total += halves[0] + halves[1];
+    store_as(sums + 8 * t + 4, total + half[0]);
+    total += half[0] + half[1];
   }
   store_as(sums + 8 * tiles, total);
   store_as(sums + 8 * tiles + 4, most / 127.f);  // NaN for a row that is not finite
@@ -168,8 +156,10 @@ Kernel<QuantRowsArgs> quant_rows_kernel() {
             return num_units(step.num_rows[a.rows_kind], a.in_features);
           },
           [](const QuantRowsArgs& a, const Step& step, const Worker&, int unit) {
-            each_row(unit, step.num_rows[a.rows_kind], a.in_features,
-                     [&](int row) { a.dtype ? int8_row<bf16>(a, row) : int8_row<float>(a, row); });
+            static const Order order;
+            each_row(unit, step.num_rows[a.rows_kind], a.in_features, [&](int row) {
+              a.dtype ? int8_row<bf16>(a, order, row) : int8_row<float>(a, order, row);
+            });
           }};
 }
 
