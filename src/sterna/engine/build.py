@@ -67,9 +67,12 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
         curve = measure_curve(engine.runner.run_probe, longest)
         save_curve(key, curve)
     budget = choose_budget(curve, engine.config.max_num_seqs)
-    engine.set_token_budget(budget)
+    engine.set_token_budget(budget, curve.widest())
     engine.speed.prompt_speed = curve.best_speed
-    log.info("token budget %d (%s: %s)", budget, origin, curve.line())
+    idle = engine.scheduler.idle_budget
+    log.info(
+        "token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line()
+    )
     return curve
 
 

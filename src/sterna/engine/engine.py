@@ -188,12 +188,15 @@ class Engine:
             self._wait_for_grammar()
         return self._collect()
 
-    def set_token_budget(self, token_budget: int) -> None:
-        """Change the budget between steps. ConfigError beyond the input buffers."""
+    def set_token_budget(self, token_budget: int, idle_budget: int | None = None) -> None:
+        """Change the budget between steps. ConfigError beyond the input buffers.
+
+        `idle_budget` is that of steps without decodes; None = the same.
+        """
         limit = self.runner.buffers.max_tokens
-        if not 0 < token_budget <= limit:
+        if not 0 < max(token_budget, idle_budget or 0) <= limit:
             raise ConfigError(f"token_budget is {token_budget}; allowed is 1 to {limit}")
-        self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs)
+        self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs, idle_budget)
 
     def close(self) -> None:
         """End the threads that compile grammars. Requests in flight are lost: abort them first."""
@@ -283,7 +286,7 @@ class Engine:
             num_waiting=self.num_waiting,
             num_preempted=step.num_preempted,
             kv_usage=1 - self.pool.num_free / self.pool.num_usable,
-            token_budget=self.scheduler.token_budget,
+            token_budget=step.token_budget,
         )
         self.speed.note_step(stats)
         for hook in self.on_step:
