@@ -60,16 +60,26 @@ class Endpoint:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in _lines(response):
+        if not line.startswith(b"data:"):
             continue
         payload = line[5:].strip()
-        if payload == "[DONE]":
+        if payload == b"[DONE]":
             return
         event = json.loads(payload)
         if "error" in event:
             raise EndpointError(str(event["error"].get("message", event["error"])))
         yield event
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """By the event stream's rule; httpx's `aiter_lines` also cuts at U+2028, inside a text."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def refusal(status: int, content: bytes) -> SternaError:

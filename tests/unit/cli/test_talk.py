@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sterna.cli import main as cli
 from sterna.cli.chat import COMMANDS, Conversation
-from sterna.cli.endpoint import EndpointError, InProcessTransport, refusal, remote
+from sterna.cli.endpoint import Endpoint, EndpointError, InProcessTransport, refusal, remote
 from sterna.cli.sampling import SamplingOptions
 from sterna.core.errors import RequestError
 from sterna.engine.request import SamplingParams
@@ -165,3 +165,17 @@ def test_leaving_a_stream_tells_the_app():
 
     asyncio.run(go())
     assert gone == ["http.disconnect"]
+
+
+def test_a_text_with_unicode_line_ends_is_one_event():
+    """Servers send U+2028 as it is: a line end to Python, but not to an event stream."""
+    text = "a\x85b\u2028c\u2029d"
+    event = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
+    body = f"data: {event}\r\n\r\ndata: [DONE]\r\n\r\n".encode()
+
+    async def read():
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return [e async for e in Endpoint(client, "m").stream("/v1/completions", {})]
+
+    assert asyncio.run(read()) == [{"choices": [{"text": text}]}]

@@ -95,7 +95,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"cannot read data set {path}: {error.strerror}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
