@@ -78,7 +78,12 @@ class StepCurve:
 
 def choose_budget(curve: StepCurve, max_num_seqs: int) -> int:
     """The knee, or what a full batch of decodes needs with a share left for prompts."""
-    return max(curve.knee(), math.ceil(max_num_seqs / MAX_DECODE_SHARE))
+    return max(curve.knee(), least_budget(max_num_seqs))
+
+
+def least_budget(max_num_seqs: int) -> int:
+    """The smallest budget at which `max_num_seqs` sequences may run."""
+    return math.ceil(max_num_seqs / MAX_DECODE_SHARE)
 
 
 def measure_curve(run: Callable[[int], None], max_tokens: int) -> StepCurve:

@@ -16,6 +16,7 @@ import numpy as np
 
 from sterna.core.errors import ConfigError, DeadlineError, RequestError
 from sterna.engine.admit import RequestFactory
+from sterna.engine.budget import least_budget
 from sterna.engine.commit import Committer, Draw
 from sterna.engine.config import EngineConfig
 from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
@@ -302,6 +303,6 @@ def _note_scheduled(step: ScheduledStep, now: float) -> None:
 
 
 def _buffer_tokens(config: EngineConfig, budget: int, max_model_len: int) -> int:
-    """Longest step: whole-prompt takes the first prompt whatever its length."""
+    """Longest step, now or with a measured budget: whole-prompt takes the first prompt whole."""
     longest = max_model_len if config.policy == "whole-prompt" else 0
-    return max(budget, longest, MIN_BUFFER_TOKENS)
+    return max(budget, longest, least_budget(config.max_num_seqs), MIN_BUFFER_TOKENS)
