@@ -16,8 +16,12 @@ from typing import Any
 
 import httpx
 
+from sterna.cli.flags import changed
 from sterna.core.errors import ModelNotFoundError, RequestError, SternaError
+from sterna.core.log import get_logger
 from sterna.engine.config import EngineConfig
+
+_log = get_logger(__name__)
 
 AsgiApp = Callable[..., Awaitable[None]]
 
@@ -98,6 +102,10 @@ async def open_endpoint(
     url: str, api_key: str, model: str, engine: EngineConfig
 ) -> AsyncIterator[Endpoint]:
     """A server's endpoint when `url` is given, else the model in this process."""
+    if api_key and not url:
+        _log.warning("--api-key has no effect without --url")
+    if url and (names := changed(engine)):
+        _log.warning("%s: engine settings have no effect with --url", ", ".join(sorted(names)))
     opened = remote(url, api_key, model) if url else in_process(model, engine)
     async with opened as endpoint:
         yield endpoint

@@ -50,6 +50,13 @@ def test_complete_reads_a_pipe_and_refuses_nothing(capsys, monkeypatch):
     assert "no prompt" in capsys.readouterr().err
 
 
+def test_settings_without_effect_are_said(capsys):
+    with serving(FakeServer()) as url:
+        arguments = ["complete", "x", "--url", url, "--max-tokens", "1"]
+        assert cli.run([*arguments, "--token-budget", "64", "--api-key", "k"]) == 0
+    assert "token_budget: engine settings have no effect with --url" in capsys.readouterr().err
+
+
 def test_a_refused_completion_is_one_line(capsys):
     fake = FakeServer()
     fake.refusals = [400]

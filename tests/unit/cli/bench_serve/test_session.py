@@ -40,14 +40,14 @@ def test_chat_goodput_detail_and_file(tmp_path, capsys):
     with serving(fake) as url:
         code = _bench(
             url, "--backend", "openai-chat", "--num-prompts", "3", "--output-len", "2",
-            "--goodput", "ttft:5000", "--goodput", "e2el:5000", "--save-result",
+            "--goodput", "ttft:5000", "e2el:5000", "--save-result",
             "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json",
-            "--metadata", "note=hello", "--ignore-eos",
+            "--metadata", "note=hello", "by=me", "--ignore-eos", "--header", "X-A=1", "X-B=2",
         )  # fmt: skip
     assert code == 0
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["request_goodput"] == pytest.approx(saved["request_throughput"])
-    assert saved["note"] == "hello"
+    assert saved["note"] == "hello" and saved["by"] == "me"
     assert len(saved["itls"]) == 3
     assert fake.bodies[-1]["messages"]
     assert fake.bodies[-1]["ignore_eos"] is True
