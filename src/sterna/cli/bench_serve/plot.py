@@ -28,7 +28,8 @@ def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
     for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel("requests/s")
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        top = max(value for line in axis.lines for value in line.get_ydata())
+        axis.set_ylim(0, 1.08 * top or 1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title)
