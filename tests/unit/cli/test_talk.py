@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -186,3 +189,14 @@ def test_a_text_with_unicode_line_ends_is_one_event():
             return [e async for e in Endpoint(client, "m").stream("/v1/completions", {})]
 
     assert asyncio.run(read()) == [{"choices": [{"text": text}]}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line():
+    with serving(FakeServer()) as url, open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sterna.cli", "complete", "x", "--url", url],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No space left" in done.stderr

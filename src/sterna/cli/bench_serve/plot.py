@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sterna.core.errors import SternaError
+
 Curve = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
-    """One line a system: mean latency, p99 gap and effective throughput over requests/s."""
+    """One line a system: mean latency, p99 gap and effective throughput over requests/s.
+
+    Raises SternaError when `path` cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,6 +38,10 @@ def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # a full disk; an ending that is no picture format
+        raise SternaError(f"cannot draw {path}: {error}; give --plot another path") from error
+    finally:
+        pyplot.close(figure)

@@ -46,11 +46,11 @@ class Session:
         self._say(f"machine: {fingerprint().line()}")
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             results = runner.run(self._measure())
+        if self.report.save_result:
+            self._say(f"result: {save(results, self.report)}")
         if self.report.plot is not None:
             draw_curves({results[0]["label"]: results}, self.report.plot, results[0]["model_id"])
             self._say(f"curve: {self.report.plot}")
-        if self.report.save_result:
-            self._say(f"result: {save(results, self.report)}")
         if self.as_json:
             print(json.dumps(results[0] if len(results) == 1 else results))
         return results

@@ -67,6 +67,15 @@ def test_a_sweep_measures_each_point_and_draws(tmp_path, capsys):
     assert curve.exists()
 
 
+def test_a_curve_that_cannot_be_drawn_loses_no_result(tmp_path, capsys):
+    with serving(FakeServer()) as url:
+        options = ["--sweep", "concurrency=1,2", "--num-prompts", "2", "--output-len", "2"]
+        saving = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+        assert _bench(url, *options, *saving, "--plot", str(tmp_path / "curve.nothing")) == 1
+    assert "cannot draw" in capsys.readouterr().err
+    assert len((tmp_path / "r.json").read_text().splitlines()) == 2
+
+
 def test_a_trace_is_replayed_in_its_time(tmp_path, capsys):
     trace = tmp_path / "t.csv"
     trace.write_text(
