@@ -65,7 +65,7 @@ def test_a_refused_completion_is_one_line(capsys):
     fake.refusals = [400]
     with serving(fake) as url:
         assert cli.run(["complete", "x", "--url", url]) == 1
-    assert capsys.readouterr().err == "sterna: error: refused 400 (HTTP 400)\n"
+    assert capsys.readouterr().err == "sterna: error: refused 400 [/red] [0] (HTTP 400)\n"
 
 
 def test_refusals_tell_whose_fault_it_is():
@@ -109,11 +109,14 @@ def test_commands(tmp_path):
     fake = FakeServer()
     saved = tmp_path / "talk.json"
     with serving(fake) as url:
-        lines = ["hi", "/retry", "/set top_k=5", "/set top_k=x", "/set", f"/save {saved}",
-                 "/hlep", "/help", "/stats", "/quit"]  # fmt: skip
+        lines = ["/retry", "hi", "/retry", "/set top-k=5", "/set top_k=x", "/set topk=5",
+                 "/set stop=END", "/set", f"/save {saved}", "/hlep", "/help", "/stats",
+                 "/quit"]  # fmt: skip
         talk, out = _converse(url, lines)
     assert fake.bodies[0]["messages"] == fake.bodies[1]["messages"]
-    assert talk.sampling.top_k == 5
+    assert talk.sampling.top_k == 5 and talk.sampling.stop == ("END",)
+    assert "did you mean 'top_k'" in out
+    assert "nothing was answered yet" in out
     assert "--top-k" in out  # the refused value
     assert "did you mean 'help'" in out
     assert all(f"/{name}" in out for name in COMMANDS)
@@ -130,7 +133,7 @@ def test_a_refused_question_is_forgotten():
     fake.refusals = [400]
     with serving(fake) as url:
         talk, out = _converse(url, ["bad"])
-    assert "refused 400" in out
+    assert "refused 400 [/red] [0]" in out  # brackets are text, not markup
     assert talk.messages == []
 
 
