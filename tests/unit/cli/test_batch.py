@@ -104,7 +104,7 @@ def test_busy_servers_are_waited_for_and_errors_recorded(tmp_path):
         summary = _run(url, source, output, concurrency=1)
     assert (summary.completed, summary.failed) == (1, 1)
     failed = next(e for e in _results(output) if e["response"]["status_code"] == 400)
-    assert failed["response"]["body"]["error"]["message"] == "refused 400"
+    assert failed["response"]["body"]["error"]["message"] == "refused 400 [/red] [0]"
 
 
 def test_a_lost_server_stops_the_run_and_records_nothing(tmp_path, monkeypatch):

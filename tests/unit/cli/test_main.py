@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,10 +23,16 @@ def test_help_loads_no_torch_and_is_fast():
     )
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = _children_cpu_s()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.4  # the best of five: neighbours on the machine are not our doing
+        times.append(_children_cpu_s() - started)
+    # CPU time of one thread, the best of five: waiting for a busy machine is not our doing.
+    assert min(times) < 0.4
+
+
+def _children_cpu_s():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_bare_says_what_to_do_next(capsys):
