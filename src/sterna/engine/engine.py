@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy as np
 
-from sterna.core.errors import ConfigError, DeadlineError, RequestError
+from sterna.core.errors import ConfigError, DeadlineError, GrammarError, RequestError
 from sterna.engine.admit import RequestFactory
 from sterna.engine.budget import least_budget
 from sterna.engine.commit import Committer, Draw
@@ -28,8 +28,9 @@ from sterna.engine.runner import InferenceModel, Logits, Runner
 from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from sterna.engine.sequence import RequestState
+from sterna.engine.sequence import Sequence as EngineSequence
 from sterna.engine.stats import SpeedMeter
-from sterna.engine.structured import GrammarCompiler, check_spec
+from sterna.engine.structured import GrammarCompiler, check_spec, stuck_grammar
 from sterna.engine.tables import BlockTables
 from sterna.engine.validate import Limits
 from sterna.text.tokenizer import Tokenizer
@@ -232,10 +233,11 @@ class Engine:
 
     def _sample(self, logits: Logits, draws: list[Draw]) -> list[Sampled]:
         plans = [draw.seq.plan for draw in draws]
-        for draw in draws:
-            if draw.seq.grammar is not None and draw.seq.plan.bitmask is not None:
-                draw.seq.grammar.fill_bitmask(draw.seq.plan.bitmask)
-        return sample_isolated(logits.values, [draw.row for draw in draws], plans)
+        stuck = {i: error for i, draw in enumerate(draws) if (error := _fill_mask(draw.seq))}
+        sampled = sample_isolated(logits.values, [draw.row for draw in draws], plans)
+        for i, error in stuck.items():
+            sampled[i] = Sampled(-1, error=error)
+        return sampled
 
     def _collect(self) -> list[RequestOutput]:
         outputs = self._outputs.collect()
@@ -292,6 +294,16 @@ class Engine:
         self.speed.note_step(stats)
         for hook in self.on_step:
             hook(stats)
+
+
+def _fill_mask(seq: EngineSequence) -> GrammarError | None:
+    """Write the tokens that may come next. A grammar that met a limit would allow the end only,
+    and an answer cut short would look whole: its error instead.
+    """
+    if seq.grammar is None or seq.plan.bitmask is None:
+        return None
+    seq.grammar.fill_bitmask(seq.plan.bitmask)
+    return None if seq.grammar.error is None else stuck_grammar(seq.grammar)
 
 
 def _note_scheduled(step: ScheduledStep, now: float) -> None:
