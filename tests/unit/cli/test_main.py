@@ -97,6 +97,13 @@ def test_bad_values_end_with_2_and_one_line(arguments, fragment, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_refused_setting_tells_no_key(capsys):
+    arguments = ["serve", "--api-key", "sesame", "--ssl-keyfile", "k.pem"]
+    assert cli.run(arguments) == 2
+    assert cli.run(["serve", "--api-key", "sesame", "--api-key", ""]) == 2
+    assert "sesame" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(PortInUseError("port 1\nis taken"), 7), (ConfigError("no"), 2)]
 )
