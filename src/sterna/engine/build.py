@@ -91,9 +91,7 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
     engine.set_token_budget(budget, curve.widest())
     engine.speed.prompt_speed = curve.best_speed
     idle = engine.scheduler.idle_budget
-    log.info(
-        "token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line()
-    )
+    log.info("token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line())
     return curve
 
 
