@@ -98,7 +98,7 @@ void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP], const c
     repeat<N>([&](auto j) INLINE { cols[j] = b[j / NV] + (g + j % NV * VW) * P; });
     vf acc[MR][N] = {};
     multiply<MR, N>(acc, x, job.a.in_features, cols, PANEL * P, job.a.in_features / P,
-                    Ahead<LINES>{{ahead}});
+                    Ahead<LINES>::streams(ahead, job.panel_elems() / 2 * sizeof(T)));
     repeat<MR>([&](auto i) INLINE {
       if (NP == 2 && job.a.gate) {
         repeat<NV>([&](auto j) INLINE {
@@ -121,20 +121,25 @@ void tile_of(const Job<T>& job, int mr, int row, int col0, const T* const (&b)[N
   if constexpr (MR > 1) tile_of<T, NP, LINES, MR - 1>(job, mr, row, col0, b, ahead);
 }
 
-// Rows [row, end) in tiles of nearly equal height, at most MR each. The first tile waits for the
-// panels to come from memory; the others find them in the cache and meanwhile ask for those of the
-// next unit, half a panel a tile.
+// Rows [row, end) in tiles of nearly equal height, at most MR each. While a tile is computed, a
+// piece of the next unit's panels is asked for: half a panel, or a whole one when the only panel has
+// a single tile. With tiles to spare the first asks for nothing, it may still wait for its own.
 template <class T, int NP, int MR>
 void tiles(const Job<T>& job, int row, int end, int col0, const T* const (&b)[NP],
            int64_t to_next) {
   int count = (end - row + MR - 1) / MR;
+  int halves = count == 1 && NP == 1 ? 2 : 1, first = count > 2 * NP ? 1 : 0;
   for (int t = 0; t < count; ++t) {
-    int height = (end - row + count - t - 1) / (count - t), half = t - 1;
-    if (t == 0 || half >= 2 * NP) {
+    int height = (end - row + count - t - 1) / (count - t), half = (t - first) * halves;
+    if (half < 0 || half >= 2 * NP || count < 2 * NP - 1) {
       tile_of<T, NP, 0, MR>(job, height, row, col0, b, nullptr);
     } else {
       const T* next = b[half / 2] + to_next + half % 2 * job.panel_elems() / 2;
-      tile_of<T, NP, 1, MR>(job, height, row, col0, b, reinterpret_cast<const char*>(next));
+      auto ahead = reinterpret_cast<const char*>(next);
+      if (halves == 1)
+        tile_of<T, NP, 1, MR>(job, height, row, col0, b, ahead);
+      else
+        tile_of<T, NP, 2, MR>(job, height, row, col0, b, ahead);
     }
     row += height;
   }

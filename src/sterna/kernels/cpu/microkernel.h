@@ -35,6 +35,11 @@ constexpr int RUN = 16;
 template <int LINES>
 struct Ahead {
   const char* at[LINES ? LINES : 1];
+  static INLINE Ahead streams(const char* first, int64_t distance) {
+    Ahead ahead = {};
+    repeat<LINES>([&](auto i) INLINE { ahead.at[i] = first + i * distance; });
+    return ahead;
+  }
   INLINE void step(int k) const {
     repeat<LINES>([&](auto i) INLINE { __builtin_prefetch(at[i] + int64_t(k) * 64, 0, 2); });
   }
