@@ -11,8 +11,15 @@ from sterna.core.errors import SternaError
 Curve = Sequence[Mapping[str, Any]]
 
 
-def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
+def draw_curves(
+    curves: Mapping[str, Curve],
+    path: Path,
+    title: str,
+    over: tuple[str, str] = ("request_throughput", "requests/s"),
+) -> None:
     """One line a system: mean latency, p99 gap and effective throughput over requests/s.
+
+    `over`: key and label of the horizontal axis.
 
     Raises SternaError when `path` cannot be written.
     """
@@ -23,7 +30,7 @@ def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for name, results in curves.items():
-        rates = [result["request_throughput"] for result in results]
+        rates = [result[over[0]] for result in results]
         for axis, key in zip(axes, ("mean_e2el_ms", "p99_itl_ms"), strict=False):
             axis.plot(rates, [result[key] / 1000 for result in results], marker="o", label=name)
         for sla in results[0]["effective_throughput"]:
@@ -31,7 +38,7 @@ def draw_curves(curves: Mapping[str, Curve], path: Path, title: str) -> None:
             axes[2].plot(rates, effective, marker="o", label=f"{name}, {sla} tok/s")
     labels = ("mean latency (s)", "p99 inter-token gap (s)", "effective requests/s")
     for axis, label in zip(axes, labels, strict=True):
-        axis.set_xlabel("requests/s")
+        axis.set_xlabel(over[1])
         axis.set_ylabel(label)
         top = max(value for line in axis.lines for value in line.get_ydata())
         axis.set_ylim(0, 1.08 * top or 1)
