@@ -1,6 +1,6 @@
 """How a command ends when it cannot go on: one clear line on stderr and a telling exit code.
 
-0 done, 1 some of the work failed, 2 usage or settings, 3-7 the codes of `core.errors`,
+0 done, 1 some of the work failed, 2 usage or settings, 3-8 the codes of `core.errors`,
 130 interrupted.
 """
 

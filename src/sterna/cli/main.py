@@ -28,6 +28,7 @@ What you can do next:
   sterna serve PATH               serve a Hugging Face folder or a GGUF file
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
+  sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna bench serve              measure any OpenAI endpoint under load
   sterna doctor                   which kernels run here, and why
 
@@ -60,6 +61,16 @@ def build_app() -> App:
         "sterna.cli.complete:complete",
         name="complete",
         help="Complete a prompt, or a file of them.",
+    )
+    app.command(
+        "sterna.cli.quantize:quantize",
+        name="quantize",
+        help="Write a model's weights in six bits, or another width.",
+    )
+    app.command(
+        "sterna.cli.quantize:dequantize",
+        name="dequantize",
+        help="Write a quantised model's weights as plain ones.",
     )
     app.command(_bench_app())
     app.command(

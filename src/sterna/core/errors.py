@@ -73,6 +73,13 @@ class PortInUseError(SternaError):
     exit_code = 7
 
 
+class QuantizeError(ModelError):
+    """A weight, a calibration set or an output folder that cannot be quantised as asked."""
+
+    exit_code = 8
+    code = "quantize_error"
+
+
 class RequestError(SternaError):
     """A request that cannot be served as asked; the client has to change it."""
 

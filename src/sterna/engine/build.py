@@ -17,8 +17,12 @@ from sterna.engine.memory import engine_shape
 from sterna.engine.structured import GrammarCompiler
 from sterna.kernels.backend import backend_for
 from sterna.kernels.load import load_kernels
-from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.decoder import Decoder
+from sterna.model.hub import DEFAULT_NAMES, resolve_model
+from sterna.model.load import DTypeName
+from sterna.quant.cache import DEFAULT_MODEL_WEIGHTS, cached_folder
+from sterna.quant.linear import describe_weights
+from sterna.quant.load import AUTO, PLAIN, load_quantized
 from sterna.text.tokenizer import load_tokenizer
 from sterna.version import __version__
 
@@ -37,7 +41,7 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with ThreadPoolExecutor(1) as beside:  # loading weights leaves a core to the tokenizer
         tokenizer_loading = beside.submit(load_tokenizer, path)
-        decoder = load_model(path, dtype=dtype, device=config.device).decoder
+        decoder = load_weights(model, path, config)
         tokenizer = tokenizer_loading.result()
     set_threads(config.threads)
     decoder.prepare_inference()
@@ -45,10 +49,11 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
     engine = Engine(decoder, tokenizer, config, shape, grammars)
     if config.token_budget is None:
-        tune_budget(engine, _curve_key(path, dtype, config))
+        tune_budget(engine, _curve_key(path, dtype, weights_of(model, config), config))
     return engine
 
 
+<<<<<<< HEAD
 def check_device(name: str) -> None:
     """ConfigError when this PyTorch has no such device."""
     if name == "cpu":
@@ -60,6 +65,29 @@ def check_device(name: str) -> None:
             "use cpu, or install a driver and a CUDA build of PyTorch",
             param="device",
         )
+=======
+def weights_of(model: str, config: EngineConfig) -> str:
+    """The weights setting that applies: the default model's own when none is asked for."""
+    if model in DEFAULT_NAMES and config.weights == AUTO and config.device == "cpu":
+        return DEFAULT_MODEL_WEIGHTS
+    return config.weights
+
+
+def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
+    """The decoder as `config.weights` asks; the default model's quantised copy is kept."""
+    dtype: DTypeName = "bfloat16" if config.dtype == "auto" else config.dtype
+    weights = weights_of(model, config)
+    kept = None
+    if model in DEFAULT_NAMES and weights not in (AUTO, PLAIN):
+        kept = cached_folder(path, weights)
+    if kept is not None:
+        decoder = load_quantized(kept, dtype, config.device, verify=False).decoder
+    else:
+        decoder = load_quantized(path, dtype, config.device, weights).decoder
+    if line := describe_weights(decoder):
+        log.info("%s", line)
+    return decoder
+>>>>>>> quant
 
 
 def set_threads(threads: int) -> None:
@@ -95,13 +123,14 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
     return curve
 
 
-def _curve_key(path: Path, dtype: str, config: EngineConfig) -> str:
+def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> str:
     size = path.stat().st_size if path.is_file() else (path / "config.json").stat().st_size
     facts = (
         __version__,
         fingerprint().line(),
         f"{path.resolve()} {size}",
         dtype,
+        f"weights={weights}",
         config.device,
         f"{torch.get_num_threads()} threads",
         load_kernels().level,

@@ -16,6 +16,11 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and activations; auto = bfloat16"
     )
+    weights: str = Field(
+        "auto",
+        description="auto = as they are stored; bf16 = not quantised; or a format to round them to "
+        "at load: fp6, fp6-g128, int4-g32, ... (`sterna quantize` does it once and better)",
+    )
     threads: int = Field(0, ge=0, description="kernel threads; 0 = all usable CPUs")
     max_model_len: int | None = Field(
         None, gt=0, description="longest prompt + completion; None = the model's own limit"

@@ -7,6 +7,10 @@ Every op takes and returns contiguous tensors of the compute dtype (float32 or b
 on CUDA) unless said otherwise, accumulates in float32 and rounds once, at its output. The value of
 an output row never depends on the other rows of the call (batch-invariant).
 
+The `quant_*` ops are the same ops on a quantised weight, given flat (`QuantWeight.flat()` of
+`quant_weight.py`): tiles of codes, scales, table of code values, row formats, bits, group size,
+in_features. Their activations are exact: codes are decoded, activations are never rounded.
+
 Weights of `linear`, `gated_linear`, `logits` and `embed` come plain ([N, K], the Hugging Face
 layout) or packed by `pack_weight` (4-D, layout owned by the back end). Both give the same bits.
 
@@ -38,6 +42,10 @@ _activate: _Op = _sterna.activate.default
 _add: _Op = _sterna.add.default
 _select_rows: _Op = _sterna.select_rows.default
 _logits: _Op = _sterna.logits.default
+_quant_embed: _Op = _sterna.quant_embed.default
+_quant_linear: _Op = _sterna.quant_linear.default
+_quant_gated_linear: _Op = _sterna.quant_gated_linear.default
+_quant_logits: _Op = _sterna.quant_logits.default
 _rope: _Op = _sterna.rope.default
 _attention: _Op = _sterna.attention.default
 _rope_store: _Op = _sterna.rope_store.default
@@ -106,6 +114,82 @@ def logits(
     With `softcap` c > 0 the result is c * tanh(l / c).
     """
     return _logits(x, weight, vocab_size, softcap, scale)
+
+
+def quant_embed(
+    tokens: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    row_formats: Tensor | None,
+    bits: int,
+    group_size: int,
+    hidden_size: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """tokens [T] int32 -> [T, D] in `dtype`: value of each code * its scale * `scale`.
+
+    Two products in float32, in that order, then one rounding.
+    """
+    weight = (tiles, scales, table, row_formats, bits, group_size, hidden_size)
+    return _quant_embed(tokens, *weight, scale, dtype)
+
+
+def quant_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    row_formats: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """x [T, K], weight [N, K] quantised -> [T, N] as `linear`."""
+    weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
+    return _quant_linear(x, *weight, bias, residual, out_features)
+
+
+def quant_gated_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    row_formats: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation: str,
+    out_features: int,
+) -> Tensor:
+    """x [T, K], gated weight -> [T, I] as `gated_linear`.
+
+    The row blocks of gate come first, then those of up; each half is padded by itself.
+    """
+    weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
+    return _quant_gated_linear(x, *weight, activation, out_features)
+
+
+def quant_logits(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    row_formats: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    vocab_size: int,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """x [R, D], weight [V, D] quantised -> float32 [R, V] as `logits`."""
+    weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
+    return _quant_logits(x, *weight, vocab_size, softcap, scale)
 
 
 def rope(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sterna.kernels import autograd, reference
+from sterna.kernels import autograd, quant_reference, reference
 
 _TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 5e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -31,6 +31,7 @@ _ROPE = (
     "Tensor qkv, Tensor positions, Tensor? table, Tensor? q_norm, Tensor? k_norm, "
     f"float eps, bool unit_offset, {_HEADS}"
 )
+_QUANT = "Tensor tiles, Tensor scales, Tensor table, Tensor? row_formats, int bits, int group_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,26 @@ OPS: tuple[OpSpec, ...] = (
         "gated_linear",
         "Tensor x, Tensor weight, str activation, int out_features",
         reference.gated_linear,
+    ),
+    OpSpec(
+        "quant_embed",
+        f"Tensor tokens, {_QUANT}, int hidden_size, float scale, ScalarType dtype",
+        quant_reference.quant_embed,
+    ),
+    OpSpec(
+        "quant_linear",
+        f"Tensor x, {_QUANT}, int in_features, Tensor? bias, Tensor? residual, int out_features",
+        quant_reference.quant_linear,
+    ),
+    OpSpec(
+        "quant_gated_linear",
+        f"Tensor x, {_QUANT}, int in_features, str activation, int out_features",
+        quant_reference.quant_gated_linear,
+    ),
+    OpSpec(
+        "quant_logits",
+        f"Tensor x, {_QUANT}, int in_features, int vocab_size, float softcap=0.0, float scale=1.0",
+        quant_reference.quant_logits,
     ),
     OpSpec("activate", "Tensor x, str kind", reference.activate),
     OpSpec("add", "Tensor x, Tensor y", reference.add),

@@ -81,8 +81,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> float32 logits [R, V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        config = self.config
-        return ops.logits(hidden, head.weight, config.vocab_size, config.logits_softcap)
+        return head.logits(hidden, self.config.logits_softcap)
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""
@@ -118,8 +117,8 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.embed_tokens.weight.device
+        """Where the weights are."""
+        return next(self.norm.parameters()).device
 
     def _table(self, layer_idx: int) -> Tensor | None:
         rope_idx = self.config.layer_ropes[layer_idx]

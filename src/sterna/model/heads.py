@@ -19,12 +19,17 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size = config.hidden_size
+        self.num_rows = num_rows
         self.scale = torch.tensor(config.embed_scale, dtype=dtype).item()
         self.weight = new_parameter(num_rows, config.hidden_size, dtype=dtype, device=device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, D]."""
         return ops.embed(tokens, self.weight, self.hidden_size, self.scale)
+
+    def logits(self, hidden: Tensor, softcap: float) -> Tensor:
+        """hidden [R, D] -> float32 logits [R, V], for models whose head is tied to this table."""
+        return ops.logits(hidden, self.weight, self.num_rows, softcap)
 
     def prepare_inference(self) -> None:
         """Pack the table; only useful when the logits read it too (tied embeddings)."""
@@ -55,8 +60,13 @@ class LMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
         self.weight = new_parameter(*shape, dtype=dtype, device=device)
+
+    def logits(self, hidden: Tensor, softcap: float) -> Tensor:
+        """hidden [R, D] -> float32 logits [R, V]."""
+        return ops.logits(hidden, self.weight, self.vocab_size, softcap)
 
     def prepare_inference(self) -> None:
         """Replace the weight by the back end's packed one."""

@@ -36,18 +36,23 @@ class SafetensorsSource:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """See TensorSource."""
-        stored = self._stored_name(name)
-        if stored is None:
-            raise ModelFileError(
-                f"{self.label}: tensor {name!r} is in no safetensors file; fetch the model again"
-            )
-        tensor: Tensor = self._shard_of[stored].get_tensor(stored)
+        tensor = self.stored(name)
         if not tensor.is_floating_point() or tensor.element_size() == 1:
             raise UnsupportedModelError(
                 f"{self.label}: tensor {name!r} has dtype {tensor.dtype}; supported: float64, "
                 "float32, float16, bfloat16 (quantised checkpoints are not)"
             )
         return tensor.to(dtype)
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it is stored. Raises ModelFileError when it is missing."""
+        stored = self._stored_name(name)
+        if stored is None:
+            raise ModelFileError(
+                f"{self.label}: tensor {name!r} is in no safetensors file; fetch the model again"
+            )
+        tensor: Tensor = self._shard_of[stored].get_tensor(stored)
+        return tensor
 
     def _stored_name(self, name: str) -> str | None:
         """Multimodal checkpoints put the language model one level deeper, base models higher."""

@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from sterna.core.errors import ConfigError, ModelFileError, ModelNotFoundError
+from sterna.core.errors import (
+    ConfigError,
+    ModelFileError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from sterna.core.gguf import read_gguf
 from sterna.core.lookup import unknown
 from sterna.kernels.load import load_kernels
@@ -50,7 +55,7 @@ def load_model(
         raise ConfigError(unknown("dtype", dtype, DTYPES), param="dtype")
     load_kernels()
     path = Path(path)
-    config, source, names = _open_checkpoint(path)
+    config, source, names = open_checkpoint(path)
     decoder = Decoder(config, DTYPES[dtype], "meta", rope_device=device)
     assign(decoder, source, names, torch.device(device))
     return LoadedModel(decoder, config, path)
@@ -64,12 +69,14 @@ def load_config(path: str | Path) -> ModelConfig:
     return _folder_config(path)
 
 
-def _open_checkpoint(path: Path) -> tuple[ModelConfig, TensorSource, Names]:
+def open_checkpoint(path: Path) -> tuple[ModelConfig, TensorSource, Names]:
+    """A checkpoint's config, its tensors and the names it gives them; errors as `load_model`."""
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or folder; give a model folder or a .gguf")
     if path.is_dir():
         config = _folder_config(path)
-        return _untied_if_stored(config, SafetensorsSource(path))
+        _refuse_quantised(config, path)
+        return untied_if_stored(config, SafetensorsSource(path))
     if path.suffix != ".gguf":
         raise ModelFileError(
             f"{path}: a {path.suffix or 'nameless'} file; supported: a folder with config.json and "
@@ -81,9 +88,24 @@ def _open_checkpoint(path: Path) -> tuple[ModelConfig, TensorSource, Names]:
     return config, GGUFSource(file, config), family.gguf_names
 
 
-def _untied_if_stored(
+def quant_method(config: ModelConfig) -> str | None:
+    """Who quantised a folder's weights ("sterna", "gptq", "awq", ...), None = nobody."""
+    section = config.hf.get("quantization_config") or {}
+    return str(section.get("quant_method", "unnamed")) if section else None
+
+
+def _refuse_quantised(config: ModelConfig, path: Path) -> None:
+    method = quant_method(config)
+    if method is not None:
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({method}), plain ones are needed here; serve it "
+            "as it is, or write plain weights with `sterna dequantize`"
+        )
+
+
+def untied_if_stored(
     config: ModelConfig, source: SafetensorsSource
-) -> tuple[ModelConfig, TensorSource, Names]:
+) -> tuple[ModelConfig, SafetensorsSource, Names]:
     """A checkpoint without lm_head ties it, whatever its config says."""
     if not config.tie_word_embeddings and not source.has("lm_head.weight"):
         config = replace(config, tie_word_embeddings=True)

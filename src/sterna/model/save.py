@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,35 @@ def save_model(
     """
     if any(parameter.dim() == 4 for parameter in decoder.parameters()):
         raise ModelError("this model is packed for inference; save it before prepare_inference")
-    folder = Path(folder)
+    tensors = export(decoder, decoder.config.family.hf_names)
+    save_tensors(tensors, hf_config(decoder), Path(folder), max_shard_bytes)
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write named tensors and a config.json; no more than one shard is in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = list(_shards(export(decoder, decoder.config.family.hf_names), max_shard_bytes))
-    names = _shard_names(len(shards))
-    for name, tensors in zip(names, shards, strict=True):
-        _save_shard(folder / name, tensors)
-    _write_index(folder, names, shards)
-    config = json.dumps(hf_config(decoder), indent=2, sort_keys=True)
-    write_atomic(folder / "config.json", config + "\n")
+    written = [
+        _save_shard(folder / f".shard-{i}.{os.getpid()}", shard)
+        for i, shard in enumerate(_shards(tensors, max_shard_bytes))
+    ]
+    names = _shard_names(len(written))
+    for name, shard in zip(names, written, strict=True):
+        os.replace(shard.path, folder / name)
+    _write_index(folder, names, written)
+    write_atomic(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def hf_config(decoder: Decoder) -> dict[str, Any]:
     """The config.json of a decoder: the one it was loaded with, and the dtype it has now."""
     config = decoder.config
+    stale = ("torch_dtype", "dtype", "quantization_config")
     return {
-        **{key: value for key, value in config.hf.items() if key not in ("torch_dtype", "dtype")},
+        **{key: value for key, value in config.hf.items() if key not in stale},
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
@@ -72,23 +86,32 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A written shard, not yet under its own name: that holds the number of shards."""
+
+    path: Path
+    tensors: tuple[str, ...]
+    num_bytes: int
+
+
+def _save_shard(path: Path, tensors: dict[str, Tensor]) -> _Shard:
     try:
-        save_file(tensors, str(beside), metadata={"format": "pt"})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return _Shard(path, tuple(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def _write_index(folder: Path, names: list[str], shards: list[dict[str, Tensor]]) -> None:
+def _write_index(folder: Path, names: list[str], shards: list[_Shard]) -> None:
     """The index of a sharded checkpoint; a single file has none, and a stale one is removed."""
     path = folder / INDEX_NAME
     if len(names) == 1:
         path.unlink(missing_ok=True)
         return
     pairs = list(zip(names, shards, strict=True))
-    weight_map = {tensor: name for name, shard in pairs for tensor in shard}
-    total = sum(tensor.nbytes for _, shard in pairs for tensor in shard.values())
+    weight_map = {tensor: name for name, shard in pairs for tensor in shard.tensors}
+    total = sum(shard.num_bytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomic(path, json.dumps(index, indent=2) + "\n")

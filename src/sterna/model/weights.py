@@ -35,14 +35,22 @@ def assign(decoder: Decoder, source: TensorSource, names: Names, device: torch.d
     Raises ModelFileError naming the file for a missing tensor or a wrong shape.
     """
     for own_name, parameter in list(decoder.named_parameters()):
-        parts = [source.read(name, parameter.dtype) for name in checkpoint_names(own_name, names)]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if value.shape != parameter.shape:
-            raise ModelFileError(
-                f"{source.label}: {checkpoint_names(own_name, names)[0]} has shape "
-                f"{tuple(value.shape)}, the config asks for {tuple(parameter.shape)}"
-            )
+        value = read_parameter(source, own_name, names, parameter.shape, parameter.dtype)
         _replace(decoder, own_name, value.to(device))
+
+
+def read_parameter(
+    source: TensorSource, own_name: str, names: Names, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """One parameter's value, its parts stacked. ModelFileError for a missing or misshapen one."""
+    parts = [source.read(name, dtype) for name in checkpoint_names(own_name, names)]
+    value = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if value.shape != shape:
+        raise ModelFileError(
+            f"{source.label}: {checkpoint_names(own_name, names)[0]} has shape "
+            f"{tuple(value.shape)}, the config asks for {tuple(shape)}"
+        )
+    return value
 
 
 def export(decoder: Decoder, names: Names) -> Iterator[tuple[str, Tensor]]:
@@ -51,11 +59,17 @@ def export(decoder: Decoder, names: Names) -> Iterator[tuple[str, Tensor]]:
     Needs plain weights, that is a decoder before `prepare_inference`.
     """
     for own_name, parameter in decoder.named_parameters():
-        targets = checkpoint_names(own_name, names)
-        sizes = _part_sizes(own_name, len(targets), parameter.shape[0], decoder.config)
-        parts = torch.split(parameter.detach(), sizes)
-        for target, part in zip(targets, parts, strict=True):
-            yield target, part.contiguous()
+        yield from split_parts(own_name, parameter.detach(), names, decoder.config)
+
+
+def split_parts(
+    own_name: str, value: Tensor, names: Names, config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint names and contiguous parts of one parameter's value."""
+    targets = checkpoint_names(own_name, names)
+    sizes = _part_sizes(own_name, len(targets), value.shape[0], config)
+    for target, part in zip(targets, torch.split(value, sizes), strict=True):
+        yield target, part.contiguous()
 
 
 def checkpoint_names(own_name: str, names: Names) -> tuple[str, ...]:

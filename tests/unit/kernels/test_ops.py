@@ -202,6 +202,15 @@ def test_paged_attention_ignores_what_the_null_block_holds():
     assert torch.equal(ops.paged_attention(q, cache, torch.tensor([[1, 0]]).int(), *tail), clean)
 
 
+def quantised(leaf, rows: int):
+    """A flat weight [rows, 40] of random int4 codes, groups of 32, whose scales are a leaf."""
+    blocks = -(-rows // 16)
+    generator = torch.Generator().manual_seed(rows)
+    tiles = torch.randint(0, 256, (blocks, 1, 512), generator=generator, dtype=torch.uint8)
+    table = torch.linspace(-0.4, 0.4, 16)[None]
+    return tiles, leaf(blocks, 2, 16), table, None, 4, 32, 40
+
+
 DIFFERENTIABLE = {
     "embed": lambda g: ops.embed(i32(1, 1, 4), g(6, 5), 5, 2.0),
     "rms_norm": lambda g: ops.rms_norm(g(3, 8), g(8), 1e-6, True),
@@ -212,6 +221,10 @@ DIFFERENTIABLE = {
     "add": lambda g: ops.add(g(3, 8), g(3, 8)),
     "select_rows": lambda g: ops.select_rows(g(3, 8), i32(2, 0)),
     "logits": lambda g: ops.logits(g(3, 8), g(5, 8), 5, 4.0),
+    "quant_embed": lambda g: ops.quant_embed(i32(1, 1, 4), *quantised(g, 6), 2.0, torch.float32),
+    "quant_linear": lambda g: ops.quant_linear(g(3, 40), *quantised(g, 5), g(5), g(3, 5), 5),
+    "quant_gated_linear": lambda g: ops.quant_gated_linear(g(3, 40), *quantised(g, 20), "silu", 5),
+    "quant_logits": lambda g: ops.quant_logits(g(3, 40), *quantised(g, 5), 5, 4.0),
     "rope": lambda g: ops.rope(
         g(3, WIDTH), i32(0, 1, 2), rope_table(), g(HEAD_DIM), g(HEAD_DIM), 1e-6, False, *SHAPE
     ),

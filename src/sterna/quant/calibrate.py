@@ -1,0 +1,103 @@
+"""What a model's layers see: mean squares of their inputs over a text, or over random tokens.
+
+The diagonal of GPTQ's Hessian, captured by hooks on the very forward that serves. A layer's inputs
+come from the model as loaded (not from already quantised layers).
+
+Random tokens serve nearly as well, because a few input channels are large whatever is read: mean
+KL of SmolLM2-135M in fp6 to itself 0.090 without, 0.030 with 512 random tokens, 0.029 with 512
+tokens of text (2,048 tokens of English; most of it is the head's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sterna.core.errors import QuantizeError
+from sterna.model.batch import Batch
+from sterna.model.decoder import Decoder
+from sterna.model.layers import GatedLinear, Linear
+from sterna.quant.linear import QuantGatedLinear, QuantLinear
+
+MIN_TOKENS = 512
+WINDOW = 512  # tokens of a sequence, or the model's own limit
+
+
+def input_mean_squares(
+    decoder: Decoder,
+    tokens: Sequence[int],
+    source: str,
+    on_window: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Module name -> float32 [in_features], the mean of x^2 over `tokens`.
+
+    The head's are under the name of the weight it reads (the embedding's when tied). Raises
+    QuantizeError, naming `source`, for less than MIN_TOKENS tokens.
+    """
+    if len(tokens) < MIN_TOKENS:
+        raise QuantizeError(
+            f"calibration text {source}: {len(tokens)} tokens, at least {MIN_TOKENS} are needed; "
+            "some ten thousand of the kind of text the model will see are best"
+        )
+    sums = _Sums()
+    handles = [
+        module.register_forward_pre_hook(sums.hook(name))
+        for name, module in decoder.named_modules()
+        if isinstance(module, Linear | GatedLinear | QuantLinear | QuantGatedLinear)
+    ]
+    head = "embed_tokens" if decoder.lm_head is None else "lm_head"
+    try:
+        windows = list(_windows(tokens, min(WINDOW, decoder.config.num_positions)))
+        for i, batch in enumerate(windows):
+            with torch.inference_mode():
+                sums.add(head, decoder.hidden(batch))
+            if on_window is not None:
+                on_window(i + 1, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = sums.means()
+    bad = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
+    if bad:
+        raise QuantizeError(
+            f"calibration text {source}: the inputs of {bad[0]} are not finite; the model itself "
+            "fails on this text"
+        )
+    return means
+
+
+def random_mean_squares(decoder: Decoder) -> dict[str, Tensor]:
+    """`input_mean_squares` over MIN_TOKENS random tokens, always the same ones: needs no text."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(decoder.config.vocab_size, (MIN_TOKENS,), generator=generator)
+    return input_mean_squares(decoder, tokens.tolist(), "of random tokens")
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """x [T, K]."""
+        squares = x.float().square().sum(dim=0, dtype=torch.float64)
+        self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: self.add(name, args[0])
+
+    def means(self) -> dict[str, Tensor]:
+        found = {name: (s / self._counts[name]).float() for name, s in self._sums.items()}
+        return {name: mean.clone() for name, mean in found.items()}  # out of inference mode
+
+
+def _windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+    for start in range(0, len(tokens), length):
+        window = torch.tensor(tokens[start : start + length], dtype=torch.int32)
+        n = len(window)
+        starts, lens = torch.tensor([0, n]).int(), torch.tensor([n]).int()
+        yield Batch(window, torch.arange(n, dtype=torch.int32), starts, lens)
