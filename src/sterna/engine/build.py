@@ -53,7 +53,6 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     return engine
 
 
-<<<<<<< HEAD
 def check_device(name: str) -> None:
     """ConfigError when this PyTorch has no such device."""
     if name == "cpu":
@@ -65,7 +64,8 @@ def check_device(name: str) -> None:
             "use cpu, or install a driver and a CUDA build of PyTorch",
             param="device",
         )
-=======
+
+
 def weights_of(model: str, config: EngineConfig) -> str:
     """The weights setting that applies: the default model's own when none is asked for."""
     if model in DEFAULT_NAMES and config.weights == AUTO and config.device == "cpu":
@@ -87,7 +87,6 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
     if line := describe_weights(decoder):
         log.info("%s", line)
     return decoder
->>>>>>> quant
 
 
 def set_threads(threads: int) -> None:

@@ -216,13 +216,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (  # key, the values tha
 
 
 def _refuse_unsupported(reader: _Reader, family: Family) -> None:
-    if quantised := reader.get("quantization_config", {}):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "?"
-        raise UnsupportedModelError(
-            f"{reader.source}: the weights are quantised by {method!r}, whose scales would be "
-            "ignored; supported: float32, float16 and bfloat16 weights, or a GGUF file",
-            param="quantization_config",
-        )
     for key, allowed in _UNSUPPORTED:
         value = reader.get(key, allowed[0])
         if value not in allowed:

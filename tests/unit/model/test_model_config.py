@@ -116,7 +116,6 @@ def test_unknown_gguf_architecture():
         ({"hidden_act": "mish"}, UnsupportedModelError, "unknown activation 'mish'"),
         ({"hidden_act": "relu"}, UnsupportedModelError, "'relu' in a gated MLP"),
         ({"mlp_bias": True}, UnsupportedModelError, "mlp_bias = True is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "by 'gptq'"),
     ],
 )
 def test_wrong_values_are_named(changes, error, words):
