@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / f"splitfuse-{stamp}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     title = f"{LONG}-token prompts among {NUM_STREAMS} decoding streams"
-    draw_curves(curves, args.plot, title)
+    draw_curves(curves, args.plot, title, over=("rate", "long prompts offered/s"))
     print(f"{path}, {args.plot}")
     return 0
 

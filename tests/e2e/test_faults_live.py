@@ -119,6 +119,10 @@ BAD = [
     (COMPLETIONS, {"prompt": "a", "guided_grammar": "start: nothing"}, 400, "invalid_grammar"),
     (COMPLETIONS, {"prompt": "a", "guided_json": {"type": 5}}, 400, "invalid_grammar"),
     (COMPLETIONS, {"prompt": "a", "guided_json": "{"}, 400, "invalid_grammar"),
+    # Found while tokens are drawn: a parser's limit, and constraints without a common token.
+    (COMPLETIONS, {"prompt": "a", "guided_grammar": 'start: "a" start'}, 400, "invalid_grammar"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "a+", "allowed_token_ids": [7]}, 400,
+     "invalid_request"),
     (COMPLETIONS, {"prompt": "a", "seed": 1.5}, 400, "invalid_request"),
     (CHAT, {"messages": "Hello"}, 400, "invalid_request"),
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "invalid_request"),

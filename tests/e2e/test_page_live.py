@@ -109,3 +109,23 @@ def test_a_key_in_the_address_opens_the_page_once(chromium: Page, locked: LiveSe
     chromium.ask("hello")
     assert "8 tokens" in chromium.text(".stats")
     assert wait_until(lambda: not driver.find_elements("css selector", "dialog[open]"))
+
+
+def test_the_plain_pages_are_dark_and_narrow_too(chromium: Page, locked: LiveServer) -> None:
+    """The question for the key and /docs: the canvas follows the scheme, nothing overflows."""
+    driver = chromium.driver
+    driver.delete_all_cookies()
+    set_view(driver, 390, 844, theme="dark")
+    for path in ("/", "/docs"):
+        driver.get(locked.url + path)
+        chromium.js("document.querySelectorAll('details').forEach(d => { d.open = true })")
+        # Canvas is the page's own background: black in a dark scheme, if the root has one.
+        chromium.js("document.body.style.background = 'Canvas'")
+        assert chromium.js("return getComputedStyle(document.body).backgroundColor") != (
+            "rgb(255, 255, 255)"
+        )
+        scheme = "return getComputedStyle(document.documentElement).colorScheme"
+        assert chromium.js(scheme) == "light dark"
+        assert chromium.js("return document.documentElement.scrollWidth") <= 390
+        driver.get(locked.url + "/?api_key=s3cret")  # /docs needs it
+    set_view(driver, 1280, 890)

@@ -17,6 +17,8 @@ from sterna.core.errors import ConfigError, ModelNotFoundError, PortInUseError
 
 QUICK = ("--token-budget", "64", "--threads", "1", "--kv-cache-bytes", str(8 << 20))
 LONG = {"prompt": "abc", "max_tokens": 1500, "ignore_eos": True}
+# A million tokens: minutes on any machine, so the tests that need running work cancel it.
+ENDLESS = {"max_tokens": 8000, "n": 128}
 
 
 def refuse(folder, *arguments, model):
@@ -58,12 +60,12 @@ def test_wrong_settings_are_one_clear_line(tmp_path, arguments, words):
 
 
 class Caller(threading.Thread):
-    """Streams one long completion; `status` and `text` tell how it went."""
+    """Streams one long completion until its end or `cancelled`; `lines` tell how it went."""
 
     def __init__(self, url, **fields):
         super().__init__()
         self.url, self.body = url, {**LONG, "stream": True, **fields}
-        self.begun = threading.Event()
+        self.begun, self.cancelled = threading.Event(), threading.Event()
         self.lines, self.failure = [], None
 
     def run(self):
@@ -73,23 +75,44 @@ class Caller(threading.Thread):
                 for line in reply.iter_lines():
                     self.lines.append(line)
                     self.begun.set()
+                    if self.cancelled.is_set():
+                        return
         except httpx.HTTPError as error:
             self.failure = error
 
 
-def test_sigterm_drains_and_a_second_server_can_take_over(tmp_path, tiny_model):
-    server = live_server.start(tmp_path, *QUICK, model=str(tiny_model))
-    caller = Caller(server.url)
+def begin(url, **fields):
+    """A caller whose first token has come."""
+    caller = Caller(url, **fields)
     caller.start()
     assert caller.begun.wait(20)
+    return caller
+
+
+def wait_for_drain(server):
+    """Return when the server has taken the signal; it must still be there."""
+    end = time.monotonic() + 10
+    while (status := httpx.get(server.url + "/health").status_code) == 200:
+        assert time.monotonic() < end, "the signal was not taken"
+        time.sleep(0.01)
+    assert status == 503
+
+
+def test_sigterm_drains_and_a_second_server_can_take_over(tmp_path, tiny_model):
+    server = live_server.start(tmp_path, *QUICK, model=str(tiny_model))
+    caller = begin(server.url)
+    anchor = begin(server.url, **ENDLESS)  # keeps the server draining, however fast it is
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    # While it drains: not healthy, nothing new taken, the running request goes on.
+    wait_for_drain(server)
+    # While it drains: not healthy, nothing new taken, the running requests go on.
     late = httpx.post(server.url + "/v1/completions", json=LONG)
     assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
-    assert httpx.get(server.url + "/health").status_code == 503
-    assert server.process.wait(40) == 0
-    caller.join()
+    num_lines = len(anchor.lines)
+    caller.join(40)
+    assert len(anchor.lines) > num_lines
+    anchor.cancelled.set()
+    # The last one has gone: the server ends by itself, long before its 30 s.
+    assert server.process.wait(10) == 0
     assert caller.failure is None and caller.lines[-2] == "data: [DONE]"
     chunks = [json.loads(x[6:]) for x in caller.lines if x.startswith("data: {")]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -97,12 +120,9 @@ def test_sigterm_drains_and_a_second_server_can_take_over(tmp_path, tiny_model):
 
 def test_second_signal_forces(tmp_path, tiny_model):
     server = live_server.start(tmp_path, *QUICK, model=str(tiny_model))
-    caller = Caller(server.url, max_tokens=8000, n=8)
-    caller.start()
-    assert caller.begun.wait(20)
+    caller = begin(server.url, **ENDLESS)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert server.process.poll() is None
+    wait_for_drain(server)
     started = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(20) == 1
@@ -113,9 +133,7 @@ def test_second_signal_forces(tmp_path, tiny_model):
 
 def test_drain_timeout_aborts_what_still_runs(tmp_path, tiny_model):
     server = live_server.start(tmp_path, *QUICK, "--drain-timeout-s", "0.5", model=str(tiny_model))
-    caller = Caller(server.url, max_tokens=8000, n=8)
-    caller.start()
-    assert caller.begun.wait(20)
+    caller = begin(server.url, **ENDLESS)
     assert server.stop(timeout_s=10) == 1
     caller.join()
     # The client is told, not just cut off.

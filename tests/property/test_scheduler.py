@@ -64,10 +64,30 @@ class World:
         for chunk in step.chunks:
             self.commit(chunk)
         self.pool.check_integrity([seq.blocks for seq in self.scheduler.running])
-        assert self.scheduler.num_waiting_tokens == sum(
-            s.num_tokens for s in self.scheduler.waiting
-        )
+        waiting = self.scheduler.waiting
+        assert self.scheduler.num_waiting_tokens == sum(s.num_queued_tokens for s in waiting)
+        # A fork is queued before it is given its first token.
+        assert all(0 <= s.num_tokens - s.num_queued_tokens <= bool(s.index) for s in waiting)
         return step
+
+    def fork(self, leader, count):
+        """The samples that share a prompt's blocks, as commit.py makes them."""
+        for index in range(1, count):
+            child = Sequence(leader.state, index, None, None, (*leader.order[:2], index))
+            leader.state.sequences.append(child)
+            self.scheduler.add_fork(leader, child)
+            child.output.append(7)
+            self.alive.append(child)
+            self.computed[child] = 0
+
+    def end(self, seq, is_damaged):
+        """An abort, or a failed step whose blocks must be wiped."""
+        self.alive.remove(seq)
+        if not is_damaged:
+            self.scheduler.finish(seq)
+            return
+        wiped = self.scheduler.finish_damaged(seq)
+        assert all(self.pool.num_idle((block,)) for block in wiped)
 
     def commit(self, chunk):
         seq = chunk.seq
@@ -117,6 +137,42 @@ def test_every_request_ends_under_random_load(policy, seed):
     assert world.pool.num_free == world.pool.num_usable
     assert not world.scheduler.waiting
     assert not world.scheduler.running
+
+
+@pytest.mark.parametrize("policy", ["splitfuse", "whole-prompt"])
+def test_fifty_thousand_random_operations_each(policy):
+    """Arrivals, forks, aborts, failures and changes of the budget among steps; 10^5 in all."""
+    rng = random.Random(policy)
+    world = World(30, 16, 8, policy)
+    longest = 29 * BLOCK
+    counts = dict.fromkeys(("add", "fork", "abort", "fail", "budget", "step"), 0)
+    while sum(counts.values()) < 50_000:
+        kinds = ["add", "abort", "fail", "budget", "fork", "step"]
+        (kind,) = rng.choices(kinds, (8, 2, 1, 1, 6, 82))
+        started = [s for s in world.alive if len(s.output) == 1 and s.status is Status.RUNNING]
+        # Only a leader that has just drawn its first token, and has no siblings yet, forks.
+        started = [s for s in started if len(s.state.sequences) == 1 and s.num_remaining == 1]
+        if kind == "add" and len(world.alive) < 24:
+            shared = rng.random() < 0.5
+            count = rng.randint(1, longest - 1)
+            prompt = [1] * count if shared else rng.choices(range(99), k=count)
+            world.add(prompt, rng.randint(1, min(60, longest - count)), rng.choice((0, 0, 1)))
+        elif kind in ("abort", "fail") and world.alive:
+            world.end(rng.choice(world.alive), is_damaged=kind == "fail")
+        elif kind == "budget":
+            world.scheduler.set_token_budget(rng.choice((2, 16, 64)), rng.choice((1, 8, 16)))
+        elif kind == "fork" and started:
+            world.fork(started[0], rng.randint(2, 4))
+        elif kind == "step" and world.alive:
+            assert world.step().chunks
+        else:
+            continue
+        counts[kind] += 1
+    assert min(counts.values()) > 100, counts
+    assert world.num_preempted > 100
+    world.run(limit=world.num_steps + 20_000)
+    assert world.pool.num_free == world.pool.num_usable
+    assert not world.scheduler.waiting and not world.scheduler.running
 
 
 @settings(max_examples=40, deadline=None)

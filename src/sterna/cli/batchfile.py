@@ -18,6 +18,8 @@ from typing import Any
 
 from sterna.core.errors import ConfigError, SternaError
 
+# How each result line begins.
+_HEAD = b'{"id": "batch_req_'
 ROUTES = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -116,17 +118,28 @@ class ResultFile:
         with self._path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
+                    self._check_torn(line, sound_bytes)
                     break
                 self.finished.add(self._finished_id(line, sound_bytes))
                 sound_bytes += len(line)
         os.ftruncate(self._fd, sound_bytes)
 
+    def _check_torn(self, line: bytes, offset: int) -> None:
+        """Only half a result may be cut off; a last line of somebody else's is not ours to cut."""
+        if not (line.startswith(_HEAD) or _HEAD.startswith(line)):
+            raise self._foreign(offset)
+
+    def _foreign(self, offset: int) -> ConfigError:
+        message = f"{self._path} has no batch result at byte {offset}; give another --output"
+        return ConfigError(message)
+
     def _finished_id(self, line: bytes, offset: int) -> str:
         try:
-            return str(json.loads(line)["custom_id"])
+            entry = json.loads(line)
+            _ = entry["response"], entry["error"]  # a request has neither
+            return str(entry["custom_id"])
         except (ValueError, KeyError, TypeError) as error:
-            message = f"{self._path} has no batch result at byte {offset}; give another --output"
-            raise ConfigError(message) from error
+            raise self._foreign(offset) from error
 
     def append(self, line: bytes) -> None:
         """Write one line and sync it; SternaError (disk full) leaves no half line behind."""

@@ -18,8 +18,8 @@ from sterna.cli.batchfile import (
     read_requests,
     result_line,
 )
-from sterna.cli.endpoint import Endpoint, EndpointError
-from sterna.core.errors import SternaError
+from sterna.cli.endpoint import Endpoint, EndpointError, refusal
+from sterna.core.errors import ConfigError, SternaError
 
 # A lost connection is tried again after 1, 2, 4 s; then the run stops and can be resumed.
 _NUM_RECONNECTS = 3
@@ -63,6 +63,8 @@ class BatchRun:
 
         Raises ConfigError (files), EndpointError (nobody answers; what is done stays done).
         """
+        if source.resolve() == output.resolve():
+            raise ConfigError(f"--input and --output are one file, {source}; give another --output")
         self.summary.total = count_requests(read_requests(source))
         with ResultFile(output) as results:
             todo = (r for r in read_requests(source) if r.custom_id not in results.finished)
@@ -103,6 +105,9 @@ class BatchRun:
         while True:
             try:
                 response = await self._endpoint.post(request.path, body)
+                if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                    # It drains or restarts: no answer to the request, so nothing to write down.
+                    raise refusal(response.status_code, response.content)
             except EndpointError:
                 num_failures += 1
                 if num_failures > _NUM_RECONNECTS:

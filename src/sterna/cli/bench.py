@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from sterna.cli.bench_serve.options import LoadOptions, ReportOptions, TargetOptions
 from sterna.cli.flags import DEFAULT_ENGINE, AsJson, ConfigFiles, EngineOptions
 from sterna.core.log import setup_logging
 
 EXIT_NOTHING_ANSWERED = 1
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
 _TARGET, _LOAD, _REPORT = TargetOptions(), LoadOptions(), ReportOptions()
 
 
@@ -33,11 +35,11 @@ def latency(
     model: str = "",
     /,
     *,
-    batch_size: int = 1,
-    input_len: int = 32,
-    output_len: int = 128,
-    num_iters: int = 5,
-    num_warmups: int = 1,
+    batch_size: Count = 1,
+    input_len: Count = 32,
+    output_len: Count = 128,
+    num_iters: Count = 5,
+    num_warmups: Annotated[int, Parameter(validator=Number(gte=0))] = 1,
     as_json: AsJson = False,
     config: ConfigFiles = (),
     engine: EngineOptions = DEFAULT_ENGINE,
@@ -71,9 +73,9 @@ def throughput(
     model: str = "",
     /,
     *,
-    num_prompts: int = 64,
-    input_len: int = 128,
-    output_len: int = 64,
+    num_prompts: Count = 64,
+    input_len: Count = 128,
+    output_len: Count = 64,
     as_json: AsJson = False,
     config: ConfigFiles = (),
     engine: EngineOptions = DEFAULT_ENGINE,

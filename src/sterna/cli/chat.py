@@ -97,7 +97,7 @@ class Conversation:
             else:
                 self._ask(line)
         except SternaError as error:
-            self.console.print(f"[red]{error.message}[/]", markup=True)
+            self.console.print(error.message, style="red", markup=False)
 
     def _ask(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
@@ -162,7 +162,13 @@ class Conversation:
         if not name:
             self.console.print(json.dumps(self.sampling.body()), markup=False)
             return
-        fields = {**self.sampling.model_dump(), name.strip(): value.strip()}
+        name = name.strip().replace("-", "_")
+        if name not in SamplingOptions.model_fields:
+            said = unknown("option", name, SamplingOptions.model_fields)
+            self.console.print(said, markup=False)
+            return
+        given = (value.strip(),) if name == "stop" else value.strip()
+        fields = {**self.sampling.model_dump(), name: given}
         try:
             self.sampling = SamplingOptions.model_validate(fields)
         except ValueError as error:  # pydantic's ValidationError is one
@@ -170,10 +176,12 @@ class Conversation:
 
     def retry(self, argument: str) -> None:
         """Answer the last question again."""
-        if len(self.messages) >= 2:
-            question = self.messages[-2]["content"]
-            del self.messages[-2:]
-            self._ask(question)
+        if len(self.messages) < 2:
+            self.console.print("nothing was answered yet", markup=False)
+            return
+        question = self.messages[-2]["content"]
+        del self.messages[-2:]
+        self._ask(question)
 
     def save(self, argument: str) -> None:
         """Write the conversation to a JSON file."""

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,7 +47,7 @@ def complete(
     chat: bool = False,
     input: Path | None = None,
     output: Path | None = None,
-    concurrency: int = 32,
+    concurrency: Annotated[int, Parameter(validator=Number(gte=1))] = 32,
     as_json: AsJson = False,
     config: ConfigFiles = (),
     sampling: Sampling = DEFAULT_SAMPLING,

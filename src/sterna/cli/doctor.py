@@ -144,7 +144,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _show_kernels(console: Console, kernels: dict[str, Any]) -> None:
     if kernels["fault"]:
-        console.print(f"[red]kernels: {kernels['fault']}[/]")
+        console.print(f"kernels: {kernels['fault']}", style="red", markup=False)
         return
     table = Table("op", "back end", "why")
     for row in kernels["ops"]:

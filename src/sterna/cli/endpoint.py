@@ -16,8 +16,12 @@ from typing import Any
 
 import httpx
 
+from sterna.cli.flags import changed
 from sterna.core.errors import ModelNotFoundError, RequestError, SternaError
+from sterna.core.log import get_logger
 from sterna.engine.config import EngineConfig
+
+_log = get_logger(__name__)
 
 AsgiApp = Callable[..., Awaitable[None]]
 
@@ -60,16 +64,26 @@ class Endpoint:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in _lines(response):
+        if not line.startswith(b"data:"):
             continue
         payload = line[5:].strip()
-        if payload == "[DONE]":
+        if payload == b"[DONE]":
             return
         event = json.loads(payload)
         if "error" in event:
             raise EndpointError(str(event["error"].get("message", event["error"])))
         yield event
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """By the event stream's rule; httpx's `aiter_lines` also cuts at U+2028, inside a text."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def refusal(status: int, content: bytes) -> SternaError:
@@ -88,6 +102,10 @@ async def open_endpoint(
     url: str, api_key: str, model: str, engine: EngineConfig
 ) -> AsyncIterator[Endpoint]:
     """A server's endpoint when `url` is given, else the model in this process."""
+    if api_key and not url:
+        _log.warning("--api-key has no effect without --url")
+    if url and (names := changed(engine)):
+        _log.warning("%s: engine settings have no effect with --url", ", ".join(sorted(names)))
     opened = remote(url, api_key, model) if url else in_process(model, engine)
     async with opened as endpoint:
         yield endpoint

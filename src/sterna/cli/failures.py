@@ -32,9 +32,12 @@ def describe_usage_error(error: CycloptsError) -> str:
 
 def describe_validation(error: Any) -> str:
     """The findings of a pydantic ValidationError, each as `--field: reason (given ...)`."""
-    findings = []
-    for finding in error.errors(include_url=False):
-        name = str(finding["loc"][-1]).replace("_", "-") if finding["loc"] else "settings"
-        reason = finding["msg"][:1].lower() + finding["msg"][1:]
-        findings.append(f"--{name}: {reason} (given {finding['input']!r})")
-    return "; ".join(findings)
+    return "; ".join(_describe_finding(finding) for finding in error.errors(include_url=False))
+
+
+def _describe_finding(finding: Any) -> str:
+    if not finding["loc"]:  # a check over several fields, in our own words
+        return str(finding["msg"]).removeprefix("Value error, ")
+    name = str(finding["loc"][-1]).replace("_", "-")
+    reason = finding["msg"][:1].lower() + finding["msg"][1:]
+    return f"--{name}: {reason} (given {finding['input']!r})"

@@ -6,6 +6,7 @@ Each verb is an import path that cyclopts resolves when the verb is called.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,9 @@ from sterna.cli.failures import EXIT_INTERRUPTED, EXIT_USAGE, describe_usage_err
 from sterna.cli.settings import layer_files, without_sections
 from sterna.core.errors import SternaError
 from sterna.version import __version__
+
+# A disk or a quota that is full, met while printing; files say it themselves.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 WELCOME = """\
 Sterna {version}: one language-model stack, one forward.
@@ -114,6 +118,11 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output has gone (`sterna complete ... | head`); that is its right.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        say_error(f"cannot write the output: {error.strerror}; free space and run again")
+        return SternaError.exit_code
     return result if isinstance(result, int) else 0
 
 

@@ -15,6 +15,7 @@ from sterna.core.log import setup_logging
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Texts = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 KEEP = "keep"
+RANDOM, NONE = "random", "none"
 
 
 def quantize(
@@ -27,7 +28,7 @@ def quantize(
     scales: Literal["absmax", "fast", "mse"] = "mse",
     scale_type: Literal["auto", "float32", "float16", "e8m0"] = "auto",
     override: Texts = (),
-    calibrate: Path | None = None,
+    calibrate: str = "random",
     calibrate_tokens: int = 16_384,
     plot: Path | None = None,
     as_json: AsJson = False,
@@ -54,9 +55,9 @@ def quantize(
     override
         GLOB=FORMAT for weights by name, such as layers.*.mlp.down=int8 or lm_head=bf16.
     calibrate
-        A text file: scales then minimise the error of the layers' outputs on such text.
+        What shows which inputs matter: a text file, random (512 random tokens) or none.
     calibrate_tokens
-        Tokens of it to read.
+        Tokens of the file to read.
     plot
         Save the error of every weight as a picture.
     as_json
@@ -67,8 +68,10 @@ def quantize(
     setup_logging("WARNING")
     options = _options(format, targets, scales, scale_type, override)
     run = QuantizeRun(model, output, options, is_quiet=as_json)
-    if calibrate is not None:
-        run.calibrate(calibrate, calibrate_tokens)
+    if calibrate == RANDOM:
+        run.calibrate_at_random()
+    elif calibrate != NONE:
+        run.calibrate(Path(calibrate), calibrate_tokens)
     report = run.run()
     if as_json:
         print(json.dumps(run.as_json(report), indent=2))

@@ -14,11 +14,13 @@ from rich.table import Table
 
 from sterna.core.errors import QuantizeError
 from sterna.kernels.load import load_kernels
+from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.quant.calibrate import input_mean_squares
+from sterna.quant.calibrate import input_mean_squares, random_mean_squares
 from sterna.quant.convert import QuantizeOptions, quantize_folder
 from sterna.quant.load import load_quantized
 from sterna.quant.report import ModelReport, WeightReport
+from sterna.quant.sources import open_source
 from sterna.text.tokenizer import load_tokenizer
 
 _WORST = 12  # rows of the table; --json has them all
@@ -45,14 +47,24 @@ class QuantizeRun:
         except (OSError, UnicodeDecodeError) as error:
             raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
         tokens = load_tokenizer(self._source).encode(sample)[:num_tokens]
-        decoder = load_quantized(self._source).decoder
-        decoder.prepare_inference()
+        decoder = self._decoder()
         with self._progress("calibrate") as bar:
             task = bar.add_task("", total=None, name="")
             squares = input_mean_squares(
                 decoder, tokens, str(text), lambda i, n: bar.update(task, completed=i, total=n)
             )
         self._options = replace(self._options, importance=squares)
+
+    def calibrate_at_random(self) -> None:
+        """The same over random tokens."""
+        with self._console.status("calibrate"):
+            squares = random_mean_squares(self._decoder())
+        self._options = replace(self._options, importance=squares)
+
+    def _decoder(self) -> Decoder:
+        """The source, its weights mapped and not packed: they need no memory of their own."""
+        checkpoint = open_source(self._source)  # refuses what is quantised already
+        return load_quantized(checkpoint.path).decoder
 
     def run(self) -> ModelReport | None:
         """Quantise; None when the folder is this command's result already."""

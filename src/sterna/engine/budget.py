@@ -3,8 +3,9 @@
 A forward's time grows slowly with its tokens as long as reading the weights dominates, and in
 proportion once arithmetic does. Beyond that knee a larger step adds latency and no throughput
 (FastGen, arXiv 2401.08671, section 3.2). So a few step sizes are timed at start and the smallest
-within 5% of the best tokens/s is the budget. The result is kept under STERNA_HOME, by machine,
-model, dtype, threads and kernels.
+within 5% of the best tokens/s is the budget; the largest within 10% is that of steps that delay no
+decode.
+The result is kept under STERNA_HOME, by machine, model, dtype, threads and kernels.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from sterna.engine.scheduler import MAX_DECODE_SHARE
 log = get_logger(__name__)
 
 SIZES = (32, 64, 128, 256, 512, 1024)
-# All timing together; a size is skipped when it would not fit. Start-up should stay under 2 s.
-LIMIT_S = 0.8
-REPEATS = 3
+# All timing together; a size is skipped when it would not fit. Only the first start pays for it.
+LIMIT_S = 1.0
+ROUNDS = 4
 NEAR_BEST = 0.95
+# The curve knows nothing of earlier keys, which wide chunks of long prompts walk less often.
+NEAR_BEST_IDLE = 0.9
 # After two sizes without a gain of 2% larger ones are not tried.
 PATIENCE, GAIN = 2, 1.02
 
@@ -58,8 +61,15 @@ class StepCurve:
 
     def knee(self) -> int:
         """The smallest size within 5% of the best speed."""
-        good = NEAR_BEST * self.best_speed
-        return min(point.num_tokens for point in self.points if point.speed >= good)
+        return min(self._near_best(NEAR_BEST))
+
+    def widest(self) -> int:
+        """The largest size within 10% of the best speed."""
+        return max(self._near_best(NEAR_BEST_IDLE))
+
+    def _near_best(self, share: float) -> list[int]:
+        good = share * self.best_speed
+        return [point.num_tokens for point in self.points if point.speed >= good]
 
     def line(self) -> str:
         """For the log."""
@@ -68,24 +78,35 @@ class StepCurve:
 
 def choose_budget(curve: StepCurve, max_num_seqs: int) -> int:
     """The knee, or what a full batch of decodes needs with a share left for prompts."""
-    return max(curve.knee(), math.ceil(max_num_seqs / MAX_DECODE_SHARE))
+    return max(curve.knee(), least_budget(max_num_seqs))
+
+
+def least_budget(max_num_seqs: int) -> int:
+    """The smallest budget at which `max_num_seqs` sequences may run."""
+    return math.ceil(max_num_seqs / MAX_DECODE_SHARE)
 
 
 def measure_curve(run: Callable[[int], None], max_tokens: int) -> StepCurve:
-    """Time `run(num_tokens)`, smallest size first, for at most about LIMIT_S seconds."""
-    points: list[StepTime] = []
+    """Time `run(num_tokens)` for at most about LIMIT_S seconds; the best of up to ROUNDS each.
+
+    In rounds over all sizes, because a shared machine is slow for a second at a time: timed one
+    size after the other, the curve would show the neighbours.
+    """
+    best: dict[int, float] = {}
     deadline = time.monotonic() + LIMIT_S
     for size in [size for size in SIZES if size <= max_tokens] or [max_tokens]:
+        points = _points(best)
         if points and (_has_peaked(points) or _too_slow(points[-1], size, deadline)):
             break
-        run(size)  # first call: allocations, recording
-        seconds = math.inf
-        for _ in range(REPEATS):
-            seconds = min(seconds, _time(run, size))
-            if time.monotonic() + seconds > deadline:
-                break
-        points.append(StepTime(size, seconds))
-    return StepCurve(tuple(points))
+        best[size] = _time(run, size)
+    for size in [size for _ in range(ROUNDS - 1) for size in best]:
+        if time.monotonic() + best[size] < deadline:
+            best[size] = min(best[size], _time(run, size))
+    return StepCurve(tuple(_points(best)))
+
+
+def _points(best: dict[int, float]) -> list[StepTime]:
+    return [StepTime(size, seconds) for size, seconds in best.items()]
 
 
 def load_curve(key: str) -> StepCurve | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint, num_usable_cpus
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
@@ -35,6 +36,7 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     model or the memory), KernelError (a forced kernel level is not available).
     """
     path = resolve_model(model)
+    check_device(config.device)
     set_threads(1)  # idle kernel threads would spin on the core that the imports need
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with ThreadPoolExecutor(1) as beside:  # loading weights leaves a core to the tokenizer
@@ -49,6 +51,19 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     if config.token_budget is None:
         tune_budget(engine, _curve_key(path, dtype, weights_of(model, config), config))
     return engine
+
+
+def check_device(name: str) -> None:
+    """ConfigError when this PyTorch has no such device."""
+    if name == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (torch.device(name).index or 0) >= count:
+        raise ConfigError(
+            f"device is {name!r}, but PyTorch {torch.__version__} finds {count} CUDA devices here; "
+            "use cpu, or install a driver and a CUDA build of PyTorch",
+            param="device",
+        )
 
 
 def weights_of(model: str, config: EngineConfig) -> str:
@@ -75,8 +90,14 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
 
 
 def set_threads(threads: int) -> None:
-    """Use `threads` CPU threads for kernels and PyTorch; 0 = all that this process may use."""
-    count = threads or num_usable_cpus()
+    """Use `threads` CPU threads for kernels and PyTorch; 0 = all that this process may use.
+
+    More than that many would wait for each other, minutes a step: they are not started.
+    """
+    usable = num_usable_cpus()
+    if threads > usable:
+        log.warning("threads is %d, this process may use %d CPUs: taking these", threads, usable)
+    count = min(threads or usable, usable)
     torch.set_num_threads(count)
     load_kernels()
     set_kernel_threads = getattr(backend_for("cpu"), "set_threads", None)
@@ -94,9 +115,10 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
         curve = measure_curve(engine.runner.run_probe, longest)
         save_curve(key, curve)
     budget = choose_budget(curve, engine.config.max_num_seqs)
-    engine.set_token_budget(budget)
+    engine.set_token_budget(budget, curve.widest())
     engine.speed.prompt_speed = curve.best_speed
-    log.info("token budget %d (%s: %s)", budget, origin, curve.line())
+    idle = engine.scheduler.idle_budget
+    log.info("token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line())
     return curve
 
 
@@ -109,7 +131,7 @@ def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> st
         dtype,
         f"weights={weights}",
         config.device,
-        f"{config.threads or num_usable_cpus()} threads",
+        f"{torch.get_num_threads()} threads",
         load_kernels().level,
         f"capture={config.capture}",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from sterna.core.errors import StepError, SternaError
+from sterna.core.errors import SternaError
 from sterna.engine.admit import RequestFactory
 from sterna.engine.forward import Forward, as_request_error
 from sterna.engine.outputs import StepOutputs
@@ -19,6 +19,7 @@ from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, Scheduler
 from sterna.engine.sequence import RequestState, Sequence, Status
 from sterna.engine.stopping import Progress
+from sterna.engine.structured import stuck_grammar
 
 
 class Draw(NamedTuple):
@@ -162,7 +163,7 @@ class Committer:
 def _follow_grammar(seq: Sequence, token_id: int, progress: Progress) -> Progress:
     assert seq.grammar is not None, "only called for sequences with a grammar"
     if not seq.grammar.accept(token_id):
-        raise StepError(f"the grammar cannot go on: {seq.grammar.error}")
+        raise stuck_grammar(seq.grammar)
     if not seq.grammar.is_finished:
         return progress
     end = seq.stop.finish_grammar()

@@ -14,8 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy as np
 
-from sterna.core.errors import ConfigError, DeadlineError, RequestError
+from sterna.core.errors import ConfigError, DeadlineError, GrammarError, RequestError
 from sterna.engine.admit import RequestFactory
+from sterna.engine.budget import least_budget
 from sterna.engine.commit import Committer, Draw
 from sterna.engine.config import EngineConfig
 from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
@@ -27,8 +28,9 @@ from sterna.engine.runner import InferenceModel, Logits, Runner
 from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from sterna.engine.sequence import RequestState
+from sterna.engine.sequence import Sequence as EngineSequence
 from sterna.engine.stats import SpeedMeter
-from sterna.engine.structured import GrammarCompiler, check_spec
+from sterna.engine.structured import GrammarCompiler, check_spec, stuck_grammar
 from sterna.engine.tables import BlockTables
 from sterna.engine.validate import Limits
 from sterna.text.tokenizer import Tokenizer
@@ -188,12 +190,15 @@ class Engine:
             self._wait_for_grammar()
         return self._collect()
 
-    def set_token_budget(self, token_budget: int) -> None:
-        """Change the budget between steps. ConfigError beyond the input buffers."""
+    def set_token_budget(self, token_budget: int, idle_budget: int | None = None) -> None:
+        """Change the budget between steps. ConfigError beyond the input buffers.
+
+        `idle_budget` is that of steps without decodes; None = the same.
+        """
         limit = self.runner.buffers.max_tokens
-        if not 0 < token_budget <= limit:
+        if not 0 < max(token_budget, idle_budget or 0) <= limit:
             raise ConfigError(f"token_budget is {token_budget}; allowed is 1 to {limit}")
-        self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs)
+        self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs, idle_budget)
 
     def close(self) -> None:
         """End the threads that compile grammars. Requests in flight are lost: abort them first."""
@@ -228,10 +233,11 @@ class Engine:
 
     def _sample(self, logits: Logits, draws: list[Draw]) -> list[Sampled]:
         plans = [draw.seq.plan for draw in draws]
-        for draw in draws:
-            if draw.seq.grammar is not None and draw.seq.plan.bitmask is not None:
-                draw.seq.grammar.fill_bitmask(draw.seq.plan.bitmask)
-        return sample_isolated(logits.values, [draw.row for draw in draws], plans)
+        stuck = {i: error for i, draw in enumerate(draws) if (error := _fill_mask(draw.seq))}
+        sampled = sample_isolated(logits.values, [draw.row for draw in draws], plans)
+        for i, error in stuck.items():
+            sampled[i] = Sampled(-1, error=error)
+        return sampled
 
     def _collect(self) -> list[RequestOutput]:
         outputs = self._outputs.collect()
@@ -283,11 +289,21 @@ class Engine:
             num_waiting=self.num_waiting,
             num_preempted=step.num_preempted,
             kv_usage=1 - self.pool.num_free / self.pool.num_usable,
-            token_budget=self.scheduler.token_budget,
+            token_budget=step.token_budget,
         )
         self.speed.note_step(stats)
         for hook in self.on_step:
             hook(stats)
+
+
+def _fill_mask(seq: EngineSequence) -> GrammarError | None:
+    """Write the tokens that may come next. A grammar that met a limit would allow the end only,
+    and an answer cut short would look whole: its error instead.
+    """
+    if seq.grammar is None or seq.plan.bitmask is None:
+        return None
+    seq.grammar.fill_bitmask(seq.plan.bitmask)
+    return None if seq.grammar.error is None else stuck_grammar(seq.grammar)
 
 
 def _note_scheduled(step: ScheduledStep, now: float) -> None:
@@ -299,6 +315,6 @@ def _note_scheduled(step: ScheduledStep, now: float) -> None:
 
 
 def _buffer_tokens(config: EngineConfig, budget: int, max_model_len: int) -> int:
-    """Longest step: whole-prompt takes the first prompt whatever its length."""
+    """Longest step, now or with a measured budget: whole-prompt takes the first prompt whole."""
     longest = max_model_len if config.policy == "whole-prompt" else 0
-    return max(budget, longest, MIN_BUFFER_TOKENS)
+    return max(budget, longest, least_budget(config.max_num_seqs), MIN_BUFFER_TOKENS)

@@ -179,6 +179,8 @@ class LLM:
         """One checked request a prompt."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if bad := [each for each in params if not isinstance(each, SamplingParams)]:
+            raise RequestError(f"params has {bad[0]!r}; give SamplingParams, one or one a prompt")
         if len(params) != len(prompts):
             raise RequestError(
                 f"{len(prompts)} prompts but {len(params)} params; give one, or one a prompt"
@@ -231,6 +233,8 @@ def _config(settings: dict[str, Any]) -> EngineConfig:
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A string or a list of ids is one prompt."""
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is {prompts!r}; give texts or lists of token ids")
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [cast("Prompt", prompts)]
     return list(cast("Sequence[Prompt]", prompts))

@@ -68,7 +68,13 @@ class EngineShape:
 
 
 def engine_shape(decoder: SizedModel, config: EngineConfig) -> EngineShape:
-    """Sizes for `decoder`. ConfigError when a configured length does not fit the KV cache."""
+    """Sizes for `decoder`. ConfigError when a configured length fits the model or KV cache not."""
+    if (config.max_model_len or 0) > decoder.config.num_positions:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len:,}, the model's positions end at "
+            f"{decoder.config.num_positions:,}; lower it",
+            param="max_model_len",
+        )
     num_blocks = config.num_kv_blocks or _blocks_in_memory(decoder, config)
     longest = (num_blocks - 1) * config.block_size
     max_model_len = config.max_model_len or decoder.config.num_positions

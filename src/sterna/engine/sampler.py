@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.core.errors import StepError, SternaError
+from sterna.core.errors import RequestError, StepError, SternaError
 from sterna.engine.request import SamplingParams, TokenLogprob
 from sterna.engine.rng import uniform
 from sterna.kernels.sampling import Draw, draw
@@ -89,7 +89,7 @@ def sample(
     """One token a plan; plan i reads row `rows[i]` of `logits` [R, V].
 
     Never raises for a bad row (NaN or infinite logits, nothing allowed): that row's `Sampled`
-    carries a StepError.
+    carries a StepError, or a RequestError when its own constraints exclude each other.
     """
     if all(plan.is_plain_greedy for plan in plans):
         return _sample_greedy(logits, rows)
@@ -145,8 +145,7 @@ def _sample_row(raw: NDArray[np.float32], plan: RowPlan, drawn: int | None) -> S
     if token_id is None:
         row = raw if plan.is_free else _process(raw, plan)
         if row is None:
-            problem = "the request's constraints leave no token to choose"
-            return Sampled(-1, error=StepError(problem))
+            return Sampled(-1, error=_nothing_left())
         token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
     num_top = plan.params.logprobs
     return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
@@ -293,6 +292,13 @@ def _largest(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     else:
         ids = np.arange(len(row))
     return ids[np.argsort(-row[ids], kind="stable")[:count]]
+
+
+def _nothing_left() -> RequestError:
+    return RequestError(
+        "the request's constraints leave no token to choose: allowed_token_ids and the structured "
+        "output exclude each other here; loosen one"
+    )
 
 
 def _broken_row() -> Sampled:

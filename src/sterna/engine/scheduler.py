@@ -3,6 +3,8 @@
 Dynamic SplitFuse. A step computes at most `token_budget` tokens. Every running sequence with one
 token left (a decode) gets it first; the rest of the budget is filled exactly with prompt chunks,
 cut where necessary. So a step's duration is nearly constant and decodes never wait for a prompt.
+A step without decodes has nobody to delay: it may fill the wider `idle_budget`, where long prompts
+run faster (fewer walks over their own keys).
 
 Who gets the prompt share R of a step:
   1. the oldest unfinished prompt gets ceil(R / 2);
@@ -63,6 +65,7 @@ class ScheduledStep:
     num_decode_tokens: int
     num_prompt_tokens: int
     num_preempted: int
+    token_budget: int  # what bounded this step
 
 
 def _by_order(seq: Sequence) -> tuple[int, int, int]:
@@ -80,7 +83,7 @@ class Scheduler:
         policy: Literal["splitfuse", "whole-prompt"] = "splitfuse",
     ) -> None:
         self.tables = tables
-        self.token_budget = token_budget
+        self.token_budget = self.idle_budget = token_budget
         self.max_running = max_running(token_budget, max_num_seqs)
         self.policy = policy
         self.waiting: list[Sequence] = []
@@ -114,24 +117,28 @@ class Scheduler:
         self._leave(seq)
         return self.tables.release_damaged(seq)
 
-    def set_token_budget(self, token_budget: int, max_num_seqs: int) -> None:
-        """Change the budget between steps."""
+    def set_token_budget(
+        self, token_budget: int, max_num_seqs: int, idle_budget: int | None = None
+    ) -> None:
+        """Change the budget between steps; `idle_budget` is at least as wide, None = the same."""
         self.token_budget = token_budget
+        self.idle_budget = max(token_budget, idle_budget or 0)
         self.max_running = max_running(token_budget, max_num_seqs)
 
     def schedule(self) -> ScheduledStep:
         """Choose the chunks of the next step and give them their blocks."""
         self._num_preempted = 0
+        budget = self.token_budget
         if self.policy == "whole-prompt":
             chunks = self._whole_prompts() or self._decodes()
         else:
             decodes = self._decodes()
-            chunks = decodes + self._prompt_chunks(self.token_budget - len(decodes))
+            budget = self.token_budget if decodes else self.idle_budget
+            chunks = decodes + self._prompt_chunks(budget - len(decodes))
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         num_decodes = sum(chunk.num_tokens == 1 and bool(chunk.seq.output) for chunk in chunks)
-        return ScheduledStep(
-            tuple(chunks), num_decodes, num_tokens - num_decodes, self._num_preempted
-        )
+        num_prompt = num_tokens - num_decodes
+        return ScheduledStep(tuple(chunks), num_decodes, num_prompt, self._num_preempted, budget)
 
     def _leave(self, seq: Sequence) -> None:
         if seq.status is Status.RUNNING:

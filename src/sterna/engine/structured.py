@@ -181,6 +181,11 @@ class GrammarCompiler:
             return self._ll_tokenizer
 
 
+def stuck_grammar(state: GrammarState) -> GrammarError:
+    """For a grammar that compiles but cannot be followed: a limit of the parser, mostly."""
+    return GrammarError(f"the grammar cannot go on: {state.error}; simplify it", param="grammar")
+
+
 def check_spec(spec: StructuredSpec) -> None:
     """The checks that need no compiling: size, encoding, JSON. Raises GrammarError."""
     try:

@@ -33,7 +33,8 @@ class Limits:
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raise RequestError for the first field that is out of range."""
+    """Raise RequestError for the first field that has a wrong type or is out of range."""
+    _check_types(params)
     _check_numbers(params)
     _check_counts(params)
     _check_texts(params)
@@ -87,6 +88,29 @@ def _check_length(num_prompt: int, params: SamplingParams, limits: Limits) -> No
                 "or shorten the prompt",
                 param="max_tokens",
             )
+
+
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+_COUNTS = (
+    "n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed",
+)  # fmt: skip
+_LISTS = ("stop", "bad_words", "stop_token_ids", "allowed_token_ids")
+
+
+def _check_types(p: SamplingParams) -> None:
+    """The server's bodies are checked already; callers of the offline API are not."""
+    for names, kinds, what in (
+        (_NUMBERS, (int, float), "a number"),
+        (_COUNTS, (int, type(None)), "a whole number"),
+        # A string would pass as a list of its characters.
+        (_LISTS, (tuple, list), "a list or tuple"),
+    ):
+        for name in names:
+            value = getattr(p, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise RequestError(f"{name} is {value!r}; it has to be {what}", param=name)
 
 
 def _check_numbers(p: SamplingParams) -> None:

@@ -162,7 +162,10 @@ def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) ->
 
     def kernel(*args: Any) -> Tensor:
         sink = backend.sink
-        if not _serves(name, args, check=sink is backend.eager):
+        is_eager = sink is backend.eager
+        if not _serves(name, args, check=is_eager):
+            if not is_eager:
+                raise KernelError(f"{name} runs the reference on {args[0].dtype} of this width")
             return reference(*args)
         ready = (a.contiguous() if isinstance(a, Tensor) else a for a in args)
         return call(sink, *ready)

@@ -57,11 +57,17 @@ def _hub_model(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"{name}: not a path, and no hub name either ({error}); give a model folder, a .gguf "
+            "file or owner/name",
+            param="model",
+        ) from error
     except LocalEntryNotFoundError:
         _log.info("%s is not in the local Hugging Face cache; downloading", name)
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelNotFoundError(
             f"{name}: not a path, not in the local Hugging Face cache, and the download failed "

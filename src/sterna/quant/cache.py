@@ -1,6 +1,6 @@
 """The default model in the default format, quantised at first start and kept under STERNA_HOME.
 
-2.3 s once on 2 cores, then mapped in 0.05. Two servers that start together take turns. Whatever
+3.5 s once on 2 cores, then mapped in 0.05. Two servers that start together take turns. Whatever
 prevents keeping it (a read-only home, a full disk) costs speed at start, never an answer: the
 weights are then rounded in memory. A damaged copy is made again.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from sterna.core.errors import ModelFileError, QuantizeError, UnsupportedModelError
 from sterna.core.log import get_logger
 from sterna.core.rundir import home
+from sterna.model.load import load_model
+from sterna.quant.calibrate import random_mean_squares
 from sterna.quant.convert import QuantizeOptions, quantize_folder
 from sterna.quant.file import FILE_NAME, VERSION, open_container
 from sterna.quant.formats import parse_format
@@ -31,13 +33,18 @@ def cached_folder(source: Path, format_name: str) -> Path | None:
         if _is_sound(folder):
             return folder
         log.info("quantising %s to %s, once", source.name, format_name)
-        options = QuantizeOptions(parse_format(format_name), search="fast", is_measured=False)
-        quantize_folder(source, folder, options)
+        quantize_folder(source, folder, _options(source, format_name))
     except (OSError, QuantizeError) as error:
         log.warning("%s cannot be kept (%s); weights are rounded in memory", folder, error)
         return None
     _remove_others(folder, source, format_name)
     return folder
+
+
+def _options(source: Path, format_name: str) -> QuantizeOptions:
+    fmt = parse_format(format_name)
+    importance = random_mean_squares(load_model(source).decoder)
+    return QuantizeOptions(fmt, search="fast", importance=importance, is_measured=False)
 
 
 def _folder_name(source: Path, format_name: str) -> str:

@@ -1,7 +1,11 @@
-"""What a model's layers see: mean squares of their inputs over a text.
+"""What a model's layers see: mean squares of their inputs over a text, or over random tokens.
 
 The diagonal of GPTQ's Hessian, captured by hooks on the very forward that serves. A layer's inputs
 come from the model as loaded (not from already quantised layers).
+
+Random tokens serve nearly as well, because a few input channels are large whatever is read: mean
+KL of SmolLM2-135M in fp6 to itself 0.090 without, 0.030 with 512 random tokens, 0.029 with 512
+tokens of text (2,048 tokens of English; most of it is the head's).
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ from sterna.core.errors import QuantizeError
 from sterna.model.batch import Batch
 from sterna.model.decoder import Decoder
 from sterna.model.layers import GatedLinear, Linear
+from sterna.quant.linear import QuantGatedLinear, QuantLinear
 
 MIN_TOKENS = 512
-WINDOW = 512  # tokens of a sequence
+WINDOW = 512  # tokens of a sequence, or the model's own limit
 
 
 def input_mean_squares(
@@ -41,11 +46,11 @@ def input_mean_squares(
     handles = [
         module.register_forward_pre_hook(sums.hook(name))
         for name, module in decoder.named_modules()
-        if isinstance(module, Linear | GatedLinear)
+        if isinstance(module, Linear | GatedLinear | QuantLinear | QuantGatedLinear)
     ]
     head = "embed_tokens" if decoder.lm_head is None else "lm_head"
     try:
-        windows = list(_windows(tokens))
+        windows = list(_windows(tokens, min(WINDOW, decoder.config.num_positions)))
         for i, batch in enumerate(windows):
             with torch.inference_mode():
                 sums.add(head, decoder.hidden(batch))
@@ -54,7 +59,21 @@ def input_mean_squares(
     finally:
         for handle in handles:
             handle.remove()
-    return sums.means()
+    means = sums.means()
+    bad = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
+    if bad:
+        raise QuantizeError(
+            f"calibration text {source}: the inputs of {bad[0]} are not finite; the model itself "
+            "fails on this text"
+        )
+    return means
+
+
+def random_mean_squares(decoder: Decoder) -> dict[str, Tensor]:
+    """`input_mean_squares` over MIN_TOKENS random tokens, always the same ones: needs no text."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(decoder.config.vocab_size, (MIN_TOKENS,), generator=generator)
+    return input_mean_squares(decoder, tokens.tolist(), "of random tokens")
 
 
 class _Sums:
@@ -76,9 +95,9 @@ class _Sums:
         return {name: mean.clone() for name, mean in found.items()}  # out of inference mode
 
 
-def _windows(tokens: Sequence[int]) -> Iterator[Batch]:
-    for start in range(0, len(tokens), WINDOW):
-        window = torch.tensor(tokens[start : start + WINDOW], dtype=torch.int32)
+def _windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+    for start in range(0, len(tokens), length):
+        window = torch.tensor(tokens[start : start + length], dtype=torch.int32)
         n = len(window)
         starts, lens = torch.tensor([0, n]).int(), torch.tensor([n]).int()
         yield Batch(window, torch.arange(n, dtype=torch.int32), starts, lens)

@@ -17,6 +17,7 @@ from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTYPES, DTypeName, LoadedModel, load_config, load_model
 from sterna.model.weights import assign
+from sterna.quant.calibrate import random_mean_squares
 from sterna.quant.file import FILE_NAME, Container, open_container
 from sterna.quant.formats import WeightFormat, parse_format
 from sterna.quant.linear import dequantize_decoder, replace_weight, weight_shapes
@@ -128,8 +129,14 @@ def _check_weights(container: Container, decoder: Decoder) -> None:
 
 
 def quantize_decoder(decoder: Decoder, fmt: WeightFormat) -> None:
-    """Round every weight of a decoder to `fmt`, in place; the plain ones are freed one by one."""
+    """Round every weight of a decoder to `fmt`, in place; the plain ones are freed one by one.
+
+    Scales weigh inputs by what random tokens show of them (see calibrate.py).
+    """
+    importance = random_mean_squares(decoder)
     for name, *_, is_gated in list(weight_shapes(decoder)):
         plain = decoder.get_parameter(f"{name}.weight").detach()
-        weight = quantize_weight(plain, fmt, search="fast", is_gated=is_gated, name=name)
+        weight = quantize_weight(
+            plain, fmt, search="fast", importance=importance.get(name), is_gated=is_gated, name=name
+        )
         replace_weight(decoder, name, weight)

@@ -27,7 +27,8 @@ OPEN_PATHS = frozenset({"/health"})
 PAGE_PATH = "/"
 
 _ASK_FOR_KEY = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sterna: key</title>
-<style>body{font:1rem system-ui;max-width:24rem;margin:20vh auto;color-scheme:light dark}
+<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}
+body{font:1rem system-ui;max-width:24rem;margin:20vh auto;padding:0 1rem}
 input,button{font:inherit;padding:.5rem}</style>
 <form method="get" action="/"><p><label for="k">API key of this server</label></p>
 <input id="k" name="api_key" type="password" autocomplete="current-password" required autofocus>

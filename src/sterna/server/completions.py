@@ -23,8 +23,8 @@ from sterna.server.chat import check_stream_fields
 from sterna.server.convert import deadline, sampling_params, structured_spec
 from sterna.server.errors import sterna_error_body
 from sterna.server.generation import Generation
-from sterna.server.logprobs import CompletionLogprobList
-from sterna.server.replies import CompletionChoice, CompletionReply, FinishName
+from sterna.server.logprobs import CompletionLogprobList, with_top
+from sterna.server.replies import CompletionChoice, CompletionReply, FinishName, PromptLogprobs
 from sterna.server.schema import CompletionBody, StreamOptions
 from sterna.server.service import Service, new_id
 from sterna.server.stream import DONE, ChunkWriter, EventStream, encode_json, text_choice, watching
@@ -60,6 +60,7 @@ class CompletionJob:
                 prompt=self.prompts[prompt_idx] if self.body.echo else (),
                 echo=self.echoes[prompt_idx] if self.body.echo else "",
                 logprobs=CompletionLogprobList(service.logprobs) if wants else None,
+                num_top=self.body.logprobs or 0,
             )
             for prompt_idx in range(len(self.prompts))
             for sample_idx in range(self.num_samples)
@@ -75,6 +76,13 @@ class CompletionJob:
                 state.prompt_logprobs = output.prompt_logprobs
         return own
 
+    def prompt_logprobs(self, service: Service, state: TextState) -> PromptLogprobs | None:
+        """vLLM's prompt_logprobs of a choice, when the body asks for them."""
+        num_top, entries = self.body.prompt_logprobs, state.prompt_logprobs
+        if num_top is None or entries is None:
+            return None
+        return service.logprobs.prompt(with_top(entries, num_top))
+
 
 @dataclass(slots=True)
 class TextState:
@@ -84,6 +92,7 @@ class TextState:
     prompt: tuple[int, ...]
     echo: str
     logprobs: CompletionLogprobList | None
+    num_top: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     has_begun: bool = False
 
@@ -94,7 +103,10 @@ class TextState:
             self.has_begun = True
             text = self.echo + text
             if self.logprobs is not None:
-                self.logprobs.add_prompt(self.prompt, self.prompt_logprobs)
+                # The engine may have been asked for more candidates by prompt_logprobs.
+                scores = self.prompt_logprobs
+                known = None if scores is None else with_top(scores, self.num_top)
+                self.logprobs.add_prompt(self.prompt, known)
         if self.logprobs is not None:
             self.logprobs.add(delta.logprobs or ())
         return text
@@ -137,12 +149,13 @@ async def _prepare(service: Service, body: CompletionBody) -> CompletionJob:
 
 def _params(body: CompletionBody) -> SamplingParams:
     # Echo with logprobs means the prompt's as well: how harnesses score a text.
-    prompt_logprobs = body.logprobs if body.echo and not body.prompt_logprobs else None
+    asked = (body.prompt_logprobs, body.logprobs if body.echo else None)
+    wide = max((count for count in asked if count is not None), default=None)
     return sampling_params(
         body,
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=body.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+        prompt_logprobs=wide,
         structured=structured_spec(body),
     )
 
@@ -254,14 +267,13 @@ class _Gathered:
     def choice(self, service: Service, job: CompletionJob) -> CompletionChoice:
         """The finished choice."""
         assert self.last is not None and self.last.finish_reason is not None
-        prompt = self.state.prompt_logprobs if job.body.prompt_logprobs is not None else None
         return CompletionChoice(
             index=self.state.index,
             text="".join(self.texts),
             logprobs=self.state.logprobs.take() if self.state.logprobs else None,
             finish_reason=_finish_name(self.last.finish_reason),
             stop_reason=self.last.stop_reason,
-            prompt_logprobs=None if prompt is None else service.logprobs.prompt(prompt),
+            prompt_logprobs=job.prompt_logprobs(service, self.state),
         )
 
 

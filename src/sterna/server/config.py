@@ -58,6 +58,13 @@ class ServerConfig(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        # An unset shell variable would open the server to `Bearer ` while it looks locked.
+        if any(not key or key != key.strip() for key in self.api_key):
+            raise ValueError("api_key is empty or has blanks around it; give a key or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile go together: give both or none")

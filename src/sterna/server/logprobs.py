@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sterna.engine.request import TokenLogprob
 from sterna.server.replies import (
     ChatLogprobs,
     CompletionLogprobs,
+    PromptLogprobs,
     TokenLogprobReply,
     TopLogprob,
 )
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 # JSON has no infinity; OpenAI and vLLM write this for a token of probability zero.
 _LEAST = -9999.0
+
+
+Entries = Sequence[TokenLogprob | None]
+
+
+def with_top(entries: Entries, num_top: int) -> Entries:
+    """The entries with at most `num_top` candidates each."""
+    return [None if one is None else replace(one, top=one.top[:num_top]) for one in entries]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +40,7 @@ class LogprobWriter:
         """OpenAI's chat shape."""
         return ChatLogprobs(content=[self._chat_entry(entry) for entry in entries])
 
-    def prompt(
-        self, entries: Sequence[TokenLogprob | None]
-    ) -> list[dict[int, dict[str, Any]] | None]:
+    def prompt(self, entries: Entries) -> PromptLogprobs:
         """vLLM's prompt_logprobs: one dict a token, null for the first."""
         return [None if entry is None else self._prompt_entry(entry) for entry in entries]
 
@@ -74,9 +81,7 @@ class CompletionLogprobList:
     _offset: int = 0
     _new: list[tuple[int, TokenLogprob | None, int]] = field(default_factory=list)
 
-    def add_prompt(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None] | None
-    ) -> None:
+    def add_prompt(self, token_ids: Sequence[int], entries: Entries | None) -> None:
         """Add the echoed prompt; the first token has no log-probability."""
         for i, token_id in enumerate(token_ids):
             self._add(token_id, entries[i] if entries is not None else None)

@@ -62,6 +62,9 @@ class ServerMetrics:
         self.step_time = make("step_duration_seconds", "Duration of one step.", _FINE)
         self.req_prompt = make("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self.req_generation = make("request_generation_tokens", "Its completion tokens.", _TOKENS)
+        self.req_longest = make(
+            "request_max_num_generation_tokens", "Of its longest sample.", _TOKENS
+        )
         self.req_max_tokens = make("request_params_max_tokens", "Its max_tokens.", _TOKENS)
         self.req_n = make("request_params_n", "Its n.", (1, 2, 5, 10, 20, 50, 128))
         self.ttft = make("time_to_first_token_seconds", "Arrival to first token.", _COARSE)
@@ -121,7 +124,8 @@ class RequestMeter:
     """Measures one engine request from its outputs; `finish` is called exactly once."""
 
     __slots__ = (
-        "_last_output", "_metrics", "_request", "completion_tokens", "itls", "last", "ttft",
+        "_last_output", "_metrics", "_request", "_sample_tokens", "completion_tokens", "itls",
+        "last", "ttft",
     )  # fmt: skip
 
     def __init__(self, metrics: ServerMetrics, request: EngineRequest) -> None:
@@ -129,6 +133,7 @@ class RequestMeter:
         self._request = request
         self._last_output: float | None = None
         self.completion_tokens = 0
+        self._sample_tokens = [0] * request.params.n
         self.ttft: float | None = None
         self.itls: list[float] = []
         self.last: RequestOutput | None = None
@@ -136,7 +141,10 @@ class RequestMeter:
     def note(self, output: RequestOutput) -> None:
         """Account for one output."""
         self.last = output
-        num_tokens = sum(len(delta.token_ids) for delta in output.deltas)
+        num_tokens = 0
+        for delta in output.deltas:
+            self._sample_tokens[delta.index] += len(delta.token_ids)
+            num_tokens += len(delta.token_ids)
         if num_tokens:
             self.completion_tokens += num_tokens
             self._metrics.generation_tokens.inc(num_tokens)
@@ -169,6 +177,7 @@ class RequestMeter:
         metrics.prefix_hits.inc(output.num_cached_tokens)
         metrics.req_prompt.observe(output.num_prompt_tokens)
         metrics.req_generation.observe(self.completion_tokens)
+        metrics.req_longest.observe(max(self._sample_tokens))
         metrics.req_n.observe(params.n)
         if params.max_tokens is not None:
             metrics.req_max_tokens.observe(params.max_tokens)

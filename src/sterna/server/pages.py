@@ -14,9 +14,12 @@ from starlette.types import Scope
 WEB = Path(__file__).parent / "web"
 # Browsers ask whether a file changed (ETag) before they use their copy: upgrades show at once.
 _REVALIDATE = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
-_STYLE = """body{font:1rem/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;
-color-scheme:light dark}table{border-collapse:collapse;width:100%}td,th{text-align:left;
-vertical-align:top;padding:.25rem .75rem .25rem 0;border-bottom:1px solid #8884}
+# The scheme belongs to the root: on the body it would colour text and links but not the canvas.
+_STYLE = """:root{color-scheme:light dark}
+body{font:1rem/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;width:100%}
+td,th{text-align:left;vertical-align:top;overflow-wrap:anywhere;
+padding:.25rem .75rem .25rem 0;border-bottom:1px solid #8884}
 code{font-size:.9em}summary{cursor:pointer;padding:.25rem 0}"""
 
 
@@ -44,7 +47,8 @@ def show_docs(app: FastAPI) -> Response:
         for method, operation in methods.items()
     ]
     return HTMLResponse(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Sterna: API</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>Sterna: API</title>'
         f"<style>{_STYLE}</style><h1>{escape(app.title)} {escape(app.version)}</h1>"
         f"<p>{escape(app.description)} <a href='/openapi.json'>openapi.json</a></p>"
         f"{''.join(routes)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import TypeVar
@@ -17,6 +18,8 @@ BodyT = TypeVar("BodyT", bound=schema.Body)
 
 # Pydantic's names for a union's options in error locations, beside class names and tuple[...].
 _OPTIONS = ("str", "int", "none", "dict")
+# Its messages begin with a subject ("Input should", "Tuple should"); ours have one already.
+_SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary) (?=should )")
 # Values are quoted in messages, but a body of megabytes is not repeated.
 _MAX_NAME = 64
 _SHOW = reprlib.Repr()
@@ -41,7 +44,9 @@ def _explain(kind: type[schema.Body], errors: Sequence[ErrorDetails]) -> Request
         return RequestError(f"the body must be a JSON object: {first['msg']}")
     same_field = [error for error in errors if error["loc"][0] == first["loc"][0]]
     unknown = next((error for error in same_field if error["type"] == "extra_forbidden"), None)
-    if unknown is not None:
+    # Of an object of a type we do not know, all fields are unknown: the type is what is at fault.
+    kinds = {error["loc"][:-1] for error in same_field if error["loc"][-1] == "type"}
+    if unknown is not None and unknown["loc"][:-1] not in kinds:
         return _unknown_field(kind, unknown)
     # Each option of a union reports; the one that got deepest is what the client meant.
     param = _param(max(same_field, key=lambda error: len(_names(error["loc"])))["loc"])
@@ -83,7 +88,9 @@ def _reasons(kind: type[schema.Body], errors: Sequence[ErrorDetails]) -> str:
         return f"cannot be honoured: {info.description if info else 'leave it out'}"
     if refused["type"] == "missing":
         return "is required"
-    messages = dict.fromkeys(error["msg"].removeprefix("Input ") for error in errors)
+    if refused["type"] == "value_error":  # in our own words
+        return str(refused["msg"]).removeprefix("Value error, ")
+    messages = dict.fromkeys(_SUBJECT.sub("", error["msg"]) for error in errors)
     return f"{_SHOW.repr(refused['input'])} is not allowed; it {', or '.join(messages)}"
 
 

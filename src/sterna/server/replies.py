@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 FinishName = Literal["stop", "length", "tool_calls"]
+# One dict a prompt token, by token id; null for the first token.
+PromptLogprobs = list[dict[int, dict[str, Any]] | None]
 
 
 class Reply(BaseModel):
@@ -105,7 +107,7 @@ class ChatReply(Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: list[dict[int, dict[str, Any]] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     sterna: Timing
 
 
@@ -126,7 +128,7 @@ class CompletionChoice(Reply):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishName
     stop_reason: int | str | None
-    prompt_logprobs: list[dict[int, dict[str, Any]] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionReply(Reply):

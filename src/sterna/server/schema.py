@@ -7,9 +7,9 @@ cannot be honoured: it may be absent or null, anything else is refused with its 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sterna.engine.request import MAX_N
 
@@ -145,6 +145,12 @@ class Message(Body):
     annotations: tuple[Any, ...] | None = Field(None, description=IGNORED)
     audio: None = Field(None, description="this server reads and writes text only")
     function_call: None = Field(None, description="deprecated by OpenAI; use tool_calls")
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
 
 
 class FunctionSpec(Body):

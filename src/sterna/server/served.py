@@ -56,7 +56,8 @@ def describe(engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         num_kv_blocks=core.pool.num_usable,
         block_size=core.config.block_size,
         policy=core.config.policy,
-        kernels=load_kernels().level,
+        # A CUDA device runs the reference ops, whatever was built for the CPU.
+        kernels="reference" if core.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),
     )
 

@@ -45,7 +45,12 @@ class FakeServer:
         self.bodies.append(body)
         if self.refusals:
             status = self.refusals.pop(0)
-            error = {"message": f"refused {status}", "type": "x", "code": None, "param": None}
+            error = {
+                "message": f"refused {status} [/red] [0]",
+                "type": "x",
+                "code": None,
+                "param": None,
+            }
             headers = {"retry-after": "0.05"}
             return JSONResponse({"error": error}, status_code=status, headers=headers)
         prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]

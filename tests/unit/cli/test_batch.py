@@ -104,7 +104,7 @@ def test_busy_servers_are_waited_for_and_errors_recorded(tmp_path):
         summary = _run(url, source, output, concurrency=1)
     assert (summary.completed, summary.failed) == (1, 1)
     failed = next(e for e in _results(output) if e["response"]["status_code"] == 400)
-    assert failed["response"]["body"]["error"]["message"] == "refused 400"
+    assert failed["response"]["body"]["error"]["message"] == "refused 400 [/red] [0]"
 
 
 def test_a_lost_server_stops_the_run_and_records_nothing(tmp_path, monkeypatch):
@@ -130,12 +130,41 @@ def test_two_runs_on_one_output_are_refused(tmp_path):
         pass
 
 
-def test_foreign_output_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["my diary\n", "my diary", '{"custom_id": "a", "prompt": "x"}\n', "{", '{"id": "b"']
+)
+def test_foreign_output_is_not_overwritten(tmp_path, text):
     output = tmp_path / "out"
-    output.write_text("my diary\n")
+    output.write_text(text)
+    if text == "{":  # may be the first byte of a result
+        with ResultFile(output) as results:
+            assert not results.finished
+        return
     with pytest.raises(ConfigError, match="no batch result"), ResultFile(output):
         pass
-    assert output.read_text() == "my diary\n"
+    assert output.read_text() == text
+
+
+def test_input_and_output_must_differ(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    _write_requests(source, 2)
+    before = source.read_bytes()
+    with serving(FakeServer()) as url:
+        arguments = ["complete", "--url", url, "--input", str(source)]
+        assert cli.run([*arguments, "--output", str(tmp_path / "." / "in.jsonl")]) == 2
+    assert "one file" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_a_server_that_restarts_is_waited_for(tmp_path):
+    """503 is no answer: written down, it would be skipped by the next run."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    _write_requests(source, 2)
+    fake = FakeServer()
+    fake.refusals = [503]
+    with serving(fake) as url:
+        summary = _run(url, source, output, concurrency=1)
+    assert (summary.completed, summary.failed) == (2, 0)
 
 
 def test_duplicate_ids_and_missing_input_are_refused(tmp_path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,7 +16,7 @@ from rich.console import Console
 
 from sterna.cli import main as cli
 from sterna.cli.chat import COMMANDS, Conversation
-from sterna.cli.endpoint import EndpointError, InProcessTransport, refusal, remote
+from sterna.cli.endpoint import Endpoint, EndpointError, InProcessTransport, refusal, remote
 from sterna.cli.sampling import SamplingOptions
 from sterna.core.errors import RequestError
 from sterna.engine.request import SamplingParams
@@ -50,12 +53,19 @@ def test_complete_reads_a_pipe_and_refuses_nothing(capsys, monkeypatch):
     assert "no prompt" in capsys.readouterr().err
 
 
+def test_settings_without_effect_are_said(capsys):
+    with serving(FakeServer()) as url:
+        arguments = ["complete", "x", "--url", url, "--max-tokens", "1"]
+        assert cli.run([*arguments, "--token-budget", "64", "--api-key", "k"]) == 0
+    assert "token_budget: engine settings have no effect with --url" in capsys.readouterr().err
+
+
 def test_a_refused_completion_is_one_line(capsys):
     fake = FakeServer()
     fake.refusals = [400]
     with serving(fake) as url:
         assert cli.run(["complete", "x", "--url", url]) == 1
-    assert capsys.readouterr().err == "sterna: error: refused 400 (HTTP 400)\n"
+    assert capsys.readouterr().err == "sterna: error: refused 400 [/red] [0] (HTTP 400)\n"
 
 
 def test_refusals_tell_whose_fault_it_is():
@@ -99,11 +109,14 @@ def test_commands(tmp_path):
     fake = FakeServer()
     saved = tmp_path / "talk.json"
     with serving(fake) as url:
-        lines = ["hi", "/retry", "/set top_k=5", "/set top_k=x", "/set", f"/save {saved}",
-                 "/hlep", "/help", "/stats", "/quit"]  # fmt: skip
+        lines = ["/retry", "hi", "/retry", "/set top-k=5", "/set top_k=x", "/set topk=5",
+                 "/set stop=END", "/set", f"/save {saved}", "/hlep", "/help", "/stats",
+                 "/quit"]  # fmt: skip
         talk, out = _converse(url, lines)
     assert fake.bodies[0]["messages"] == fake.bodies[1]["messages"]
-    assert talk.sampling.top_k == 5
+    assert talk.sampling.top_k == 5 and talk.sampling.stop == ("END",)
+    assert "did you mean 'top_k'" in out
+    assert "nothing was answered yet" in out
     assert "--top-k" in out  # the refused value
     assert "did you mean 'help'" in out
     assert all(f"/{name}" in out for name in COMMANDS)
@@ -120,7 +133,7 @@ def test_a_refused_question_is_forgotten():
     fake.refusals = [400]
     with serving(fake) as url:
         talk, out = _converse(url, ["bad"])
-    assert "refused 400" in out
+    assert "refused 400 [/red] [0]" in out  # brackets are text, not markup
     assert talk.messages == []
 
 
@@ -165,3 +178,28 @@ def test_leaving_a_stream_tells_the_app():
 
     asyncio.run(go())
     assert gone == ["http.disconnect"]
+
+
+def test_a_text_with_unicode_line_ends_is_one_event():
+    """Servers send U+2028 as it is: a line end to Python, but not to an event stream."""
+    text = "a\x85b\u2028c\u2029d"
+    event = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
+    body = f"data: {event}\r\n\r\ndata: [DONE]\r\n\r\n".encode()
+
+    async def read():
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return [e async for e in Endpoint(client, "m").stream("/v1/completions", {})]
+
+    assert asyncio.run(read()) == [{"choices": [{"text": text}]}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line():
+    with serving(FakeServer()) as url, open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sterna.cli", "complete", "x", "--url", url],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No space left" in done.stderr

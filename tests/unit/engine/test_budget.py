@@ -31,6 +31,8 @@ def test_the_knee_is_the_smallest_size_near_the_best():
     assert measured.knee() == 128
     assert choose_budget(measured, 64) == 128
     assert choose_budget(measured, 120) == 160  # a full batch of decodes leaves a quarter
+    assert measured.widest() == 512
+    assert curve({128: 0.02, 256: 0.04, 512: 0.095}).widest() == 256
 
 
 def test_measuring_stops_at_its_time_limit_and_at_the_peak():
@@ -49,6 +51,13 @@ def test_measuring_stops_at_its_time_limit_and_at_the_peak():
         calls.append(size)
         time.sleep(1e-5 * size)
 
+    def drifting(size):
+        calls.append(size)
+        time.sleep((3e-5 if len(calls) < 9 else 1e-5) * size)
+
+    measured = measure_curve(drifting, 400)
+    assert measured.points[0].seconds < 2e-5 * 32  # the slow first round decides nothing
+    calls.clear()
     measured = measure_curve(flat, 100)
     assert max(calls) == 64
     assert [point.num_tokens for point in measured.points] == [32, 64]
@@ -72,6 +81,8 @@ def test_the_budget_is_bounded_by_the_buffers(harness):
     assert engine.scheduler.token_budget == 500
     with pytest.raises(ConfigError, match="allowed is 1 to 1024"):
         engine.set_token_budget(1025)
+    with pytest.raises(ConfigError, match="allowed is 1 to 1024"):
+        engine.set_token_budget(500, 2000)
 
 
 def step(duration, prompt, decode=0):

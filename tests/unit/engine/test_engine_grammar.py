@@ -7,22 +7,28 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from sterna.core.errors import GrammarError, RequestError, StepError
+from sterna.core.errors import GrammarError, RequestError
 from sterna.engine.request import FinishReason, StructuredSpec
 
 SPEC = StructuredSpec("regex", "x")
+EOS = 96  # of the fake tokenizer
 
 
 class Digits:
     """Allows the tokens 16-25 ('0'-'9'), exactly `length` of them."""
 
-    def __init__(self, length, refuse_at=None):
+    def __init__(self, length, refuse_at=None, stick_at=None):
         self.left = length
         self.refuse_at = refuse_at
+        self.stick_at = stick_at
         self.error = None
 
     def fill_bitmask(self, out):
         out[:] = 0
+        if self.left == self.stick_at:
+            self.error = "limit"
+            out[EOS // 32] = 1 << EOS % 32  # as llguidance: nothing but the end
+            return
         out[0] = np.uint32(0x03FF0000).astype(np.int32)
 
     def accept(self, token_id):
@@ -38,7 +44,7 @@ class Digits:
         return self.left == 0
 
     def copy(self):
-        return Digits(self.left, self.refuse_at)
+        return Digits(self.left, self.refuse_at, self.stick_at)
 
 
 class Compiler:
@@ -101,15 +107,19 @@ def test_a_grammar_that_does_not_compile_ends_its_request(harness):
     assert not h.engine.has_work
 
 
-def test_a_grammar_that_fails_midway_ends_only_its_request(harness, greedy):
-    compiler = Compiler(refuse_at=2)
+@pytest.mark.parametrize("fault", [{"refuse_at": 2}, {"stick_at": 2}, {"stick_at": 5}])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_grammar_that_fails_midway_ends_only_its_request(harness, greedy, fault, n):
+    """A token that is refused, or a mask that cannot be computed: never a short answer."""
+    compiler = Compiler(**fault)
     h = harness(grammars=compiler)
-    h.add("g", [1, 2], structured=SPEC)
+    h.add("g", [1, 2], structured=SPEC, n=n, temperature=1.0, seed=1)
     h.add("plain", [3], max_tokens=9)
     compiler.finish()
     h.run()
-    assert isinstance(h.end("g").error, StepError)
-    assert "limit" in str(h.end("g").error)
+    for index in range(n):
+        assert isinstance(h.end("g", index).error, GrammarError)
+        assert "limit" in str(h.end("g", index).error)
     assert h.tokens("plain") == greedy([3], 9)
 
 

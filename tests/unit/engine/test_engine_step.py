@@ -45,6 +45,24 @@ def test_budget_is_filled_exactly_while_prompts_wait(harness):
     assert sum(s.num_decode_tokens for s in seen) == 6 * 19
 
 
+def test_only_steps_without_decodes_fill_the_idle_budget(harness, greedy):
+    h = harness(token_budget=48, num_blocks=400)
+    h.engine.set_token_budget(48, 160)
+    seen = []
+    h.engine.on_step.append(seen.append)
+    prompt = [i % 50 for i in range(400)]
+    h.add("long", prompt, max_tokens=5)
+    h.run()
+    h.add("decoding", [7] * 10, max_tokens=60, ignore_eos=True)
+    h.engine.step()
+    h.add("late", prompt[::-1], max_tokens=5)
+    h.run()
+    assert [s.num_prompt_tokens for s in seen[:3]] == [160, 160, 80]
+    assert {s.token_budget for s in seen if s.num_decode_tokens} == {48}
+    assert all(s.num_decode_tokens + s.num_prompt_tokens <= s.token_budget for s in seen)
+    assert h.tokens("long") == greedy(prompt, 5)
+
+
 def test_prefix_cache_hits_and_changes_nothing(harness, greedy):
     h = harness()
     shared = list(range(70))

@@ -50,6 +50,31 @@ def test_params_for_each_prompt(llm):
         llm.generate(["a", "b", "c"], each)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"n": True}, "n is True"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"stop": "END"}, "stop is 'END'; it has to be a list"),
+        ({"bad_words": "no"}, "bad_words is 'no'"),
+        ({"top_k": None, "top_p": None}, "top_p is None"),
+    ],
+)
+def test_wrong_types_are_named_and_run_nothing(llm, fields, words):
+    with pytest.raises(RequestError, match=words):
+        llm.generate("a", SamplingParams(**fields))
+    assert not llm.engine.has_work
+
+
+def test_wrong_arguments_are_named(llm):
+    with pytest.raises(RequestError, match="prompts is 5"):
+        llm.generate(5, GREEDY)
+    with pytest.raises(RequestError, match="SamplingParams"):
+        llm.generate("a", {"max_tokens": 3})
+
+
 def test_samples(llm):
     params = SamplingParams(n=3, seed=1, max_tokens=9, ignore_eos=True)
     (done,) = llm.generate("abc", params)

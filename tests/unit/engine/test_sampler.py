@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sterna.core.errors import StepError
+from sterna.core.errors import RequestError
 from sterna.engine.request import SamplingParams
 from sterna.engine.rng import uniform
 from sterna.engine.sampler import RowPlan, sample, token_logprob
@@ -155,7 +155,7 @@ def test_bitmask_and_a_conflict_with_bans():
     forced = one(row, temperature=1.0, bitmask=mask, end_ids=(35,), min_tokens=5)
     assert forced.token_id == 35
     nothing = one(row, temperature=1.0, bitmask=np.zeros(2, np.int32))
-    assert isinstance(nothing.error, StepError)
+    assert isinstance(nothing.error, RequestError)
 
 
 def test_a_mask_shorter_than_the_row_forbids_the_padding():

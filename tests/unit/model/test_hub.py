@@ -67,3 +67,9 @@ def test_a_hub_name_that_is_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelNotFoundError, match=r"owner/absent: .*the download failed"):
         resolve_model("owner/absent")
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/-b", "a/b..c"])
+def test_a_name_the_hub_would_never_have(name):
+    with pytest.raises(ModelNotFoundError, match="no hub name either"):
+        resolve_model(name)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from sterna.core.errors import ConfigError, ModelFileError, QuantizeError, UnsupportedModelError
 from sterna.model.batch import Batch
 from sterna.model.load import load_model
+from sterna.quant.calibrate import random_mean_squares
 from sterna.quant.convert import QuantizeOptions, parse_overrides, quantize_folder
 from sterna.quant.file import FILE_NAME, open_container
 from sterna.quant.formats import parse_format
@@ -54,8 +55,9 @@ def test_a_quantised_folder_computes_what_its_dequantised_weights_do(
 
 
 def test_in_memory_quantising_gives_the_same_weights(plain_folder, tmp_path):
-    quantize_folder(plain_folder, tmp_path / "out", QuantizeOptions(parse_format("fp6"),
-                                                                    search="fast"))  # fmt: skip
+    importance = random_mean_squares(load_model(plain_folder, "float32").decoder)
+    options = QuantizeOptions(parse_format("fp6"), search="fast", importance=importance)
+    quantize_folder(plain_folder, tmp_path / "out", options)
     assert torch.equal(logits(plain_folder, weights="fp6"), logits(tmp_path / "out"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from sterna.core.errors import ConfigError
 from sterna.server.auth import COOKIE, cookie_value
@@ -99,3 +100,9 @@ def test_key_file(tmp_path):
 
 def test_keys_are_not_shown():
     assert "sesame" not in repr(ServerConfig(api_key=("sesame",)))
+
+
+@pytest.mark.parametrize("key", ["", " ", "sesame ", "\tsesame"])
+def test_keys_that_would_open_or_never_match_are_refused(key):
+    with pytest.raises(ValidationError, match="api_key is empty or has blanks"):
+        ServerConfig(api_key=("good", key))

@@ -215,6 +215,13 @@ def test_messages_of_an_earlier_reply_are_accepted(connect):
             "messages[0].content[0].type",
             "text",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+            "'image_url' is not allowed",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "role 'user' needs content"),
+        ({"messages": []}, "messages", "[] is not allowed; it should have at least 1"),
         ({"audio": {"voice": "x"}}, "audio", "text only"),
         ({"functions": []}, "functions", "use tools"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),

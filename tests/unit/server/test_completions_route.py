@@ -66,6 +66,18 @@ def test_echo_with_logprobs_scores_the_prompt(connect, events):
     assert logprobs["top_logprobs"][0] is None and logprobs["top_logprobs"][1]
 
 
+@pytest.mark.parametrize(("num_echo", "num_prompt"), [(2, 0), (0, 2), (1, 1)])
+def test_echo_and_prompt_logprobs_have_their_own_counts(connect, engine, num_echo, num_prompt):
+    body = {"prompt": "abc", "echo": True, "logprobs": num_echo, "prompt_logprobs": num_prompt}
+    (choice,) = post(connect, {**body, "max_tokens": 1}).json()["choices"]
+    assert engine.requests[0].params.prompt_logprobs == max(num_echo, num_prompt)
+    # The chosen token is listed beside the candidates, unless it is one of them.
+    for tops in choice["logprobs"]["top_logprobs"][1:3]:
+        assert num_echo <= len(tops) <= num_echo + 1
+    for entry in choice["prompt_logprobs"][1:]:
+        assert num_prompt <= len(entry) <= num_prompt + 1
+
+
 @pytest.mark.parametrize("echo", [False, True])
 def test_streamed_logprobs_join_to_the_whole(connect, events, echo):
     body = {"prompt": "ab", "echo": echo, "logprobs": 2, "max_tokens": 4, "n": 2}

@@ -101,7 +101,7 @@ def test_absurd_names_are_answered_briefly_and_soon(connect):
 
 
 def test_many_empty_messages_do_not_hold_the_event_loop(connect):
-    body = {"messages": [{"role": "user"}] * 50_000, "model": "tern"}
+    body = {"messages": [{"role": "user", "content": ""}] * 50_000, "model": "tern"}
 
     async def go():
         async with connect() as client:
@@ -200,7 +200,7 @@ def test_metrics_have_the_names_that_dashboards_know(connect, prefix):
         assert f"{prefix}:{line}" in text, line
     names = ("num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total",
              "cache_config_info", "prompt_tokens_total", "iteration_tokens_total_bucket",
-             "request_prompt_tokens_bucket",
+             "request_prompt_tokens_bucket", "request_max_num_generation_tokens_bucket",
              "request_generation_tokens_bucket", "request_params_max_tokens_bucket",
              "request_params_n_bucket", "inter_token_latency_seconds_bucket",
              "request_time_per_output_token_seconds_bucket", "request_queue_time_seconds_bucket",

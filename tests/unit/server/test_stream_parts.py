@@ -7,7 +7,7 @@ import json
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sterna.core.errors import ConfigError, DeadlineError, PortInUseError, StepError
@@ -30,6 +30,7 @@ WRITER = ChunkWriter.open("id-1", "chat.completion.chunk", 5, 'a "model"', with_
 
 
 @given(st.text(), st.integers(0, 127))
+@example("a\x85b\u2028c\u2029d\x1ee", 0)
 def test_any_text_survives_a_chunk(text, index):
     delta = f'{{"content":{encode_json(text)}}}'
     for choice in (chat_choice(index, delta), text_choice(index, text)):
@@ -37,6 +38,7 @@ def test_any_text_survives_a_chunk(text, index):
         assert raw.startswith(b"data: {") and raw.endswith(b"}\n\n")
         # One event: a line end inside would cut it.
         assert raw.count(b"\n") == 2 and b"\r" not in raw
+        assert raw.decode().splitlines() == [raw.decode().rstrip("\n"), ""]
         body = json.loads(raw[6:])
         (got,) = body["choices"]
         assert got["index"] == index and body["model"] == 'a "model"' and body["usage"] is None

@@ -16,7 +16,8 @@ def send_times(samples: Sequence[Sample], options: LoadOptions) -> list[float]:
     Gaps are gamma distributed with shape `burstiness` and mean 1/rate (shape 1 = Poisson).
     """
     has_own_times = all(sample.at_s is not None for sample in samples)
-    if has_own_times and options.self_timed and math.isinf(options.request_rate):
+    is_paced = options.ramp_up_strategy is not None or not math.isinf(options.request_rate)
+    if has_own_times and options.self_timed and not is_paced:
         return [sample.at_s or 0.0 for sample in samples]
     draw = random.Random(f"{options.seed}/arrivals")
     times: list[float] = []

@@ -18,6 +18,7 @@ from sterna.core.errors import ConfigError
 DEFAULT_OUTPUT_LEN = 64
 # Of ShareGPT conversations: too short to be a question, as in the usual benchmark filter.
 _MIN_CHARS = 16
+_CHARS_PER_TOKEN = 4  # about, in English
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,15 @@ class Sample:
 
 def make_samples(options: LoadOptions, source: TextSource) -> list[Sample]:
     """`options.num_prompts` samples (fewer when a trace is shorter), the same for the same seed."""
-    if options.trace is not None:
-        arrivals = read_trace(options.trace, options.num_prompts)
+    if options.trace_path is not None:
+        arrivals = read_trace(options.trace_path, options.num_prompts)
         return [_replayed(a, i, options, source) for i, a in enumerate(arrivals)]
+    if options.dataset_name == "prefix_repetition":
+        return [_repeated(i, options, source) for i in range(options.num_prompts)]
     if options.dataset_name == "random" or options.dataset_path is None:
         return [_random(i, options, source) for i in range(options.num_prompts)]
+    if options.dataset_name == "sonnet":
+        return _of_lines(options.dataset_path, options)
     reader = {"custom": _custom, "sharegpt": _sharegpt, "mt_bench": _mt_bench}
     found = list(reader[options.dataset_name](options.dataset_path))
     if not found:
@@ -57,6 +62,30 @@ def _random(index: int, options: LoadOptions, source: TextSource) -> Sample:
     prefix = source.text(options.random_prefix_len, "prefix")
     text = prefix + source.text(prompt_len, "random", index)
     return Sample(text, options.random_prefix_len + prompt_len, output_len)
+
+
+def _repeated(index: int, options: LoadOptions, source: TextSource) -> Sample:
+    """One of a few prefixes and a suffix of its own: what a prefix cache is good for."""
+    prefix_idx = index % options.prefix_repetition_num_prefixes
+    prefix = source.text(options.prefix_repetition_prefix_len, "prefix", prefix_idx)
+    text = prefix + source.text(options.prefix_repetition_suffix_len, "suffix", index)
+    prompt_len = options.prefix_repetition_prefix_len + options.prefix_repetition_suffix_len
+    return Sample(text, prompt_len, options.output_len or DEFAULT_OUTPUT_LEN)
+
+
+def _of_lines(path: Path, options: LoadOptions) -> list[Sample]:
+    """Random lines of a text file, until about `input_len` tokens; the server counts them."""
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]
+    if not lines:
+        raise ConfigError(f"{path} holds no line of text")
+    samples = []
+    for index in range(options.num_prompts):
+        draw = random.Random(f"{options.seed}/lines/{index}")
+        text = draw.choice(lines)
+        while len(text) < options.input_len * _CHARS_PER_TOKEN:
+            text = f"{text}\n{draw.choice(lines)}"
+        samples.append(Sample(text, 0, options.output_len or DEFAULT_OUTPUT_LEN))
+    return samples
 
 
 def _vary(mean: int, ratio: float, draw: random.Random) -> int:
@@ -90,12 +119,17 @@ def _prefixed_text(
     return "".join(parts)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text()
+        return path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read data set {path}: {error.strerror}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data set {path} is no UTF-8 text: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -119,11 +153,10 @@ def _mt_bench(path: Path) -> Iterator[tuple[str, int | None]]:
 def _sharegpt(path: Path) -> Iterator[tuple[str, int | None]]:
     """One JSON list of {"conversations": [{"from", "value"}, ...]}: first question, its answer."""
     try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        entries = json.loads(_read_text(path))
+    except ValueError as error:
         raise ConfigError(f"{path} is no ShareGPT file: {error}") from error
     for entry in entries:
         turns = entry.get("conversations") or []
         if len(turns) >= 2 and len(turns[0]["value"]) >= _MIN_CHARS:
-            # About four characters a token in English.
-            yield turns[0]["value"], max(4, len(turns[1]["value"]) // 4)
+            yield turns[0]["value"], max(4, len(turns[1]["value"]) // _CHARS_PER_TOKEN)

@@ -39,10 +39,7 @@ def path_of(target: TargetOptions) -> str:
 
 def open_pool(target: TargetOptions) -> WirePool:
     """Connections to the target, with its headers."""
-    headers = dict(entry.split("=", 1) for entry in target.header if "=" in entry)
-    if target.api_key:
-        headers["Authorization"] = f"Bearer {target.api_key}"
-    return WirePool(base_url_of(target), headers)
+    return WirePool(base_url_of(target), target.headers())
 
 
 async def wait_until_ready(pool: WirePool, target: TargetOptions) -> str:

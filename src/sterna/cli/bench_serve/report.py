@@ -68,7 +68,6 @@ def describe_run(
     target: TargetOptions, load: LoadOptions, options: ReportOptions, model: str
 ) -> dict[str, Any]:
     """The settings part of a result: what was asked of whom, on which machine."""
-    metadata = dict(entry.split("=", 1) for entry in options.metadata if "=" in entry)
     is_bounded = load.request_rate != float("inf")
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -78,7 +77,7 @@ def describe_run(
         "model_id": model,
         "tokenizer_id": target.tokenizer or model,
         "num_prompts": load.num_prompts,
-        "dataset_name": "trace" if load.trace else load.dataset_name,
+        "dataset_name": "trace" if load.trace_path else load.dataset_name,
         "request_rate": load.request_rate if is_bounded else "inf",
         "burstiness": load.burstiness,
         "max_concurrency": load.max_concurrency,
@@ -87,7 +86,7 @@ def describe_run(
         "ramp_up_end_rps": load.ramp_up_end_rps,
         "seed": load.seed,
         "machine": fingerprint().as_dict(),
-        **metadata,
+        **options.notes(),
     }
 
 
@@ -107,7 +106,10 @@ def save(results: list[dict[str, Any]], options: ReportOptions) -> Path:
 
 def check_saving(options: ReportOptions) -> None:
     """Refuse options without effect before an hour of measuring is spent. ConfigError."""
-    if (options.save_detailed or options.append_result) and not options.save_result:
-        raise ConfigError("--save-detailed and --append-result need --save-result")
+    needing = {"save_detailed", "append_result", "result_dir", "result_filename"}
+    given = sorted(needing & options.model_fields_set)
+    if given and not options.save_result:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names} without --save-result: nothing would be written; add it")
     if options.plot is not None and not options.sweep:
         raise ConfigError("--plot draws a sweep; give --sweep concurrency=1,2,4,8")

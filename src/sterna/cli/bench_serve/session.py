@@ -41,14 +41,16 @@ class Session:
     def run(self) -> list[dict[str, Any]]:
         """Measure, print and save; returns one result a run. Raises ConfigError, EndpointError."""
         check_saving(self.report)
+        for reason in self.load.without_effect():
+            _log.warning("%s", reason)
         self._say(f"machine: {fingerprint().line()}")
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             results = runner.run(self._measure())
+        if self.report.save_result:
+            self._say(f"result: {save(results, self.report)}")
         if self.report.plot is not None:
             draw_curves({results[0]["label"]: results}, self.report.plot, results[0]["model_id"])
             self._say(f"curve: {self.report.plot}")
-        if self.report.save_result:
-            self._say(f"result: {save(results, self.report)}")
         if self.as_json:
             print(json.dumps(results[0] if len(results) == 1 else results))
         return results
@@ -100,7 +102,8 @@ class Session:
 
     def _words(self) -> tuple[str, ...]:
         """One-token words of the target's vocabulary, else common ones."""
-        if self.load.trace is None and self.load.dataset_name != "random":
+        is_made_up = self.load.dataset_name in ("random", "prefix_repetition")
+        if self.load.trace_path is None and not is_made_up:
             return common_words()
         try:
             from sterna.model.hub import resolve_model

@@ -59,41 +59,58 @@ const T* panel(const Job<T>& job, int index, bool second, int slot) {
 }
 
 // MR rows x NP panels, all column groups. For a gated call b[0] is the gate and b[1] is up.
-template <class T, int MR, int NP>
-void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP]) {
+template <class T, int MR, int NP, int LINES>
+void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP], const char* ahead) {
   constexpr int P = Elem<T>::P, N = NP * NV;
   const T* x = static_cast<const T*>(job.a.x) + int64_t(row) * job.a.in_features;
   for (int g = 0; g < PANEL; g += GROUP) {
     const T* cols[N];
-    UNROLL for (int j = 0; j < N; ++j) cols[j] = b[j / NV] + (g + j % NV * VW) * P;
+    repeat<N>([&](auto j) INLINE { cols[j] = b[j / NV] + (g + j % NV * VW) * P; });
     vf acc[MR][N] = {};
-    multiply<MR, N>(acc, x, job.a.in_features, cols, PANEL * P, job.a.in_features / P);
-    for (int i = 0; i < MR; ++i) {
+    multiply<MR, N>(acc, x, job.a.in_features, cols, PANEL * P, job.a.in_features / P,
+                    Ahead<LINES>::streams(ahead, job.panel_elems() / 2 * sizeof(T)));
+    repeat<MR>([&](auto i) INLINE {
       if (NP == 2 && job.a.gate) {
-        for (int j = 0; j < NV; ++j)
+        repeat<NV>([&](auto j) INLINE {
           finish<T>(job.a, row + i, col0 + g + j * VW,
                     gated(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
+        });
       } else {
-        for (int j = 0; j < N; ++j)
+        repeat<N>([&](auto j) INLINE {
           finish<T>(job.a, row + i, col0 + j / NV * PANEL + g + j % NV * VW, acc[i][j]);
+        });
       }
-    }
+    });
   }
 }
 
-template <class T, int NP, int MR>
-void tile_of(const Job<T>& job, int mr, int row, int col0, const T* const (&b)[NP]) {
-  if (mr == MR) return tile<T, MR, NP>(job, row, col0, b);
-  if constexpr (MR > 1) tile_of<T, NP, MR - 1>(job, mr, row, col0, b);
+template <class T, int NP, int LINES, int MR>
+void tile_of(const Job<T>& job, int mr, int row, int col0, const T* const (&b)[NP],
+             const char* ahead) {
+  if (mr == MR) return tile<T, MR, NP, LINES>(job, row, col0, b, ahead);
+  if constexpr (MR > 1) tile_of<T, NP, LINES, MR - 1>(job, mr, row, col0, b, ahead);
 }
 
-// Rows [row, end) in tiles of nearly equal height, at most MR each.
+// Rows [row, end) in tiles of nearly equal height, at most MR each. While a tile is computed, a
+// piece of the next unit's panels is asked for: half a panel, or a whole one when the only panel has
+// a single tile. With tiles to spare the first asks for nothing, it may still wait for its own.
 template <class T, int NP, int MR>
-void tiles(const Job<T>& job, int row, int end, int col0, const T* const (&b)[NP]) {
+void tiles(const Job<T>& job, int row, int end, int col0, const T* const (&b)[NP],
+           int64_t to_next) {
   int count = (end - row + MR - 1) / MR;
-  for (int t = count; t > 0; --t) {
-    int height = (end - row + t - 1) / t;
-    tile_of<T, NP, MR>(job, height, row, col0, b);
+  int halves = count == 1 && NP == 1 ? 2 : 1, first = count > 2 * NP ? 1 : 0;
+  for (int t = 0; t < count; ++t) {
+    int height = (end - row + count - t - 1) / (count - t), half = (t - first) * halves;
+    if (half < 0 || half >= 2 * NP || count < 2 * NP - 1) {
+      tile_of<T, NP, 0, MR>(job, height, row, col0, b, nullptr);
+    } else {
+      const T* next = b[half / 2] + to_next + half % 2 * job.panel_elems() / 2;
+      auto ahead = reinterpret_cast<const char*>(next);
+      if (halves == 1)
+        tile_of<T, NP, 1, MR>(job, height, row, col0, b, ahead);
+      else
+        tile_of<T, NP, 2, MR>(job, height, row, col0, b, ahead);
+    }
     row += height;
   }
 }
@@ -124,10 +141,10 @@ void run_unit(const LinearArgs& a, const Cut& cut, const Worker& w, int unit) {
   if (has_second) {
     const T* second = a.gate ? panel(job, index, true, 1) : panel(job, index + 1, false, 1);
     const T* const both[2] = {first, second};
-    return tiles<T, 2, FEW_MR>(job, row, end, col, both);
+    return tiles<T, 2, FEW_MR>(job, row, end, col, both, cut.panels_a_unit * job.panel_elems());
   }
   const T* const only[1] = {first};
-  tiles<T, 1, MAX_MR>(job, row, end, col, only);
+  tiles<T, 1, MAX_MR>(job, row, end, col, only, job.panel_elems());
 }
 
 }  // namespace

@@ -105,6 +105,78 @@ def test_random_lengths_vary_within_the_ratio_and_repeat_with_the_seed():
     assert all(_count(sample.prompt) == sample.prompt_len for sample in samples)
 
 
+def test_repeated_prefixes_are_used_in_turn():
+    options = LoadOptions(
+        dataset_name="prefix_repetition",
+        num_prompts=4,
+        prefix_repetition_num_prefixes=2,
+        prefix_repetition_prefix_len=30,
+        prefix_repetition_suffix_len=12,
+    )
+    samples = make_samples(options, SOURCE)
+    words = [sample.prompt.split() for sample in samples]
+    assert [sample.prompt_len for sample in samples] == list(map(len, words)) == [42] * 4
+    assert words[0][:30] == words[2][:30] != words[1][:30] == words[3][:30]
+    assert len({tuple(one[30:]) for one in words}) == 4
+
+
+def test_sonnet_takes_lines_of_a_text(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one line\n\nanother line\n")
+    options = LoadOptions(dataset_name="sonnet", dataset_path=path, num_prompts=3, input_len=40)
+    samples = make_samples(options, SOURCE)
+    assert samples == make_samples(options, SOURCE)
+    for sample in samples:
+        assert set(sample.prompt.split("\n")) <= {"one line", "another line"}
+        assert 160 <= len(sample.prompt) < 175  # four characters a token
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="no line"):
+        make_samples(options, SOURCE)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        make_samples(options, SOURCE)
+
+
+def test_timed_trace_is_a_trace_by_its_other_name(tmp_path):
+    path = _mooncake(tmp_path / "t.jsonl")
+    named = LoadOptions(dataset_name="timed_trace", dataset_path=path, scale_len=0.1)
+    assert make_samples(named, SOURCE) == make_samples(
+        LoadOptions(trace=path, scale_len=0.1), SOURCE
+    )
+
+
+def test_a_rate_or_a_ramp_replaces_a_traces_own_times(tmp_path):
+    samples = make_samples(LoadOptions(trace=_mooncake(tmp_path / "t.jsonl")), SOURCE)
+    own = [0.0, 2.5]
+    ramp = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 50.0, "ramp_up_end_rps": 99.0}
+    assert send_times(samples, LoadOptions()) == own
+    for paced in ({"request_rate": 50.0}, ramp):
+        assert send_times(samples, LoadOptions(**paced)) != own
+    assert send_times(samples, LoadOptions(self_timed=False)) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, []),
+        ({"input_len": 5, "random_range_ratio": 0.1, "request_rate": 2.0, "burstiness": 2.0}, []),
+        ({"burstiness": 2.0}, ["burstiness"]),
+        ({"scale_len": 0.5, "max_len": 99}, ["max_len", "scale_len"]),
+        ({"dataset_path": "x"}, ["dataset_path"]),
+        ({"trace": "x", "scale_rate": 0.5, "self_timed": False}, []),
+        ({"trace": "x", "input_len": 5}, ["input_len"]),
+        ({"trace": "x", "dataset_name": "custom", "dataset_path": "y"}, ["dataset_name"]),
+        ({"dataset_name": "timed_trace", "dataset_path": "y", "scale_len": 0.5}, []),
+        ({"dataset_name": "sonnet", "dataset_path": "y", "input_len": 5}, []),
+        ({"dataset_name": "mt_bench", "dataset_path": "y", "input_len": 5}, ["input_len"]),
+        ({"prefix_repetition_prefix_len": 5}, ["prefix_repetition_prefix_len"]),
+    ],
+)
+def test_options_that_change_nothing_are_named(fields, said):
+    found = list(LoadOptions(**fields).without_effect())
+    assert [reason.split()[0] for reason in found] == said
+
+
 def test_a_common_prefix_is_common():
     options = LoadOptions(num_prompts=3, input_len=10, random_prefix_len=20)
     prompts = [sample.prompt.split() for sample in make_samples(options, SOURCE)]

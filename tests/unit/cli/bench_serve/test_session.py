@@ -40,14 +40,14 @@ def test_chat_goodput_detail_and_file(tmp_path, capsys):
     with serving(fake) as url:
         code = _bench(
             url, "--backend", "openai-chat", "--num-prompts", "3", "--output-len", "2",
-            "--goodput", "ttft:5000", "--goodput", "e2el:5000", "--save-result",
+            "--goodput", "ttft:5000", "e2el:5000", "--save-result",
             "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json",
-            "--metadata", "note=hello", "--ignore-eos",
+            "--metadata", "note=hello", "by=me", "--ignore-eos", "--header", "X-A=1", "X-B=2",
         )  # fmt: skip
     assert code == 0
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["request_goodput"] == pytest.approx(saved["request_throughput"])
-    assert saved["note"] == "hello"
+    assert saved["note"] == "hello" and saved["by"] == "me"
     assert len(saved["itls"]) == 3
     assert fake.bodies[-1]["messages"]
     assert fake.bodies[-1]["ignore_eos"] is True
@@ -65,6 +65,15 @@ def test_a_sweep_measures_each_point_and_draws(tmp_path, capsys):
     prompts = [body["prompt"] for body in fake.bodies]
     assert len(set(prompts)) == len(prompts) == 10  # no prompt twice: caches are no help
     assert curve.exists()
+
+
+def test_a_curve_that_cannot_be_drawn_loses_no_result(tmp_path, capsys):
+    with serving(FakeServer()) as url:
+        options = ["--sweep", "concurrency=1,2", "--num-prompts", "2", "--output-len", "2"]
+        saving = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+        assert _bench(url, *options, *saving, "--plot", str(tmp_path / "curve.nothing")) == 1
+    assert "cannot draw" in capsys.readouterr().err
+    assert len((tmp_path / "r.json").read_text().splitlines()) == 2
 
 
 def test_a_trace_is_replayed_in_its_time(tmp_path, capsys):

@@ -1,0 +1,63 @@
+"""What is settled before an engine runs: device, threads, lengths, buffers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from sterna.core.errors import ConfigError
+from sterna.core.machine import num_usable_cpus
+from sterna.engine.budget import StepCurve, StepTime, choose_budget
+from sterna.engine.build import check_device, set_threads
+from sterna.engine.config import EngineConfig
+from sterna.engine.memory import engine_shape
+
+
+def test_devices_that_are_not_here_are_a_config_error(monkeypatch):
+    check_device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="finds 0 CUDA devices"):
+        check_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with pytest.raises(ConfigError, match=r"'cuda:2'.*finds 2 CUDA devices"):
+        check_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "CPU", "cpu:0", ""])
+def test_devices_that_are_none_are_refused_by_the_settings(name):
+    with pytest.raises(ValidationError, match="device"):
+        EngineConfig(device=name)
+
+
+def test_more_threads_than_cpus_are_not_started(monkeypatch, caplog):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(logging.getLogger("sterna"), "propagate", True)
+    try:
+        set_threads(1)
+        assert torch.get_num_threads() == 1 and not caplog.records
+        set_threads(num_usable_cpus() + 997)
+        assert torch.get_num_threads() == num_usable_cpus()
+        assert f"may use {num_usable_cpus()} CPUs" in caplog.text
+    finally:
+        set_threads(before)
+
+
+def test_a_context_beyond_the_models_positions_is_refused(fake_decoder):
+    decoder = fake_decoder()
+    longest = decoder.config.num_positions
+    assert engine_shape(decoder, EngineConfig(max_model_len=longest)).max_model_len == longest
+    with pytest.raises(ConfigError, match=f"positions end at {longest}"):
+        engine_shape(decoder, EngineConfig(max_model_len=longest + 1))
+
+
+def test_the_buffers_hold_any_budget_that_can_be_chosen(harness):
+    engine = harness(max_num_seqs=5000, num_blocks=5).engine
+    curve = StepCurve((StepTime(64, 0.01),))
+    engine.set_token_budget(choose_budget(curve, 5000))
+    assert engine.scheduler.max_running == 5000
