@@ -24,6 +24,7 @@ def quantize(
     *,
     output: Output,
     format: str = "fp6",
+    method: Literal["rtn", "gptq", "awq"] = "rtn",
     targets: Literal["blocks", "all"] = "all",
     scales: Literal["absmax", "fast", "mse"] = "mse",
     scale_type: Literal["auto", "float32", "float16", "e8m0"] = "auto",
@@ -46,6 +47,9 @@ def quantize(
     format
         fp6, fp6-e3m2, fp6-mixed, fp5, fp4, fp8, int4, int5, int6, int8, each also with -g32, -g64
         or -g128; mxfp4, mxfp6, mxfp6-e3m2; keep (the codes of a GPTQ or AWQ checkpoint).
+    method
+        rtn rounds to nearest; gptq lets other weights make up for each error (needs --calibrate
+        FILE; minutes); awq scales input channels into the norms first.
     targets
         all, or blocks: leave the embedding and the head in bfloat16.
     scales
@@ -68,10 +72,15 @@ def quantize(
     setup_logging("WARNING")
     options = _options(format, targets, scales, scale_type, override)
     run = QuantizeRun(model, output, options, is_quiet=as_json)
-    if calibrate == RANDOM:
+    if method == "gptq":
+        _check_gptq(format, calibrate)
+        run.use_gptq(Path(calibrate), calibrate_tokens)
+    elif calibrate == RANDOM:
         run.calibrate_at_random()
     elif calibrate != NONE:
         run.calibrate(Path(calibrate), calibrate_tokens)
+    if method == "awq":
+        run.use_awq()
     report = run.run()
     if as_json:
         print(json.dumps(run.as_json(report), indent=2))
@@ -82,6 +91,15 @@ def quantize(
 
         draw_errors(report, plot)
     return 0
+
+
+def _check_gptq(format_name: str, calibrate: str) -> None:
+    if format_name == KEEP:
+        raise ConfigError("--method gptq rounds anew, --format keep keeps codes; choose one")
+    if calibrate in (RANDOM, NONE):
+        raise ConfigError(
+            f"--method gptq with --calibrate {calibrate}; it needs a text: --calibrate FILE"
+        )
 
 
 def dequantize(

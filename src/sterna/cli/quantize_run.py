@@ -16,8 +16,10 @@ from sterna.core.errors import QuantizeError
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
+from sterna.quant.awq import channel_scales
 from sterna.quant.calibrate import input_mean_squares, random_mean_squares
 from sterna.quant.convert import QuantizeOptions, quantize_folder
+from sterna.quant.hessian import Hessians
 from sterna.quant.load import load_quantized
 from sterna.quant.report import ModelReport, WeightReport
 from sterna.quant.sources import open_source
@@ -41,12 +43,7 @@ class QuantizeRun:
 
     def calibrate(self, text: Path, num_tokens: int) -> None:
         """Weigh inputs by their mean squares over a text. QuantizeError for an unusable one."""
-        try:
-            with text.open(encoding="utf-8") as file:
-                sample = file.read(num_tokens * _MARGIN)
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
-        tokens = load_tokenizer(self._source).encode(sample)[:num_tokens]
+        tokens = self._tokens(text, num_tokens)
         decoder = self._decoder()
         with self._progress("calibrate") as bar:
             task = bar.add_task("", total=None, name="")
@@ -60,6 +57,32 @@ class QuantizeRun:
         with self._console.status("calibrate"):
             squares = random_mean_squares(self._decoder())
         self._options = replace(self._options, importance=squares)
+
+    def use_gptq(self, text: Path, num_tokens: int) -> None:
+        """Round by Hessians over a text. QuantizeError for an unusable or too short one."""
+        tokens = self._tokens(text, num_tokens)
+        hessians = Hessians(self._decoder(), tokens, str(text))
+        self._options = replace(self._options, gptq=hessians)
+
+    def use_awq(self) -> None:
+        """Search channel scales. QuantizeError when nothing was calibrated or codes are kept."""
+        options = self._options
+        if options.format is None or not options.importance:
+            raise QuantizeError(
+                "--method awq needs a format and calibration; leave out --format keep and "
+                "--calibrate none"
+            )
+        with self._console.status("scale channels"):
+            scales = channel_scales(self._decoder(), options.importance, options.format)
+        self._options = replace(options, awq=scales)
+
+    def _tokens(self, text: Path, num_tokens: int) -> list[int]:
+        try:
+            with text.open(encoding="utf-8") as file:
+                sample = file.read(num_tokens * _MARGIN)
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
+        return load_tokenizer(self._source).encode(sample)[:num_tokens]
 
     def _decoder(self) -> Decoder:
         """The source, its weights mapped and not packed: they need no memory of their own."""

@@ -50,12 +50,12 @@ def input_mean_squares(
     ]
     head = "embed_tokens" if decoder.lm_head is None else "lm_head"
     try:
-        windows = list(_windows(tokens, min(WINDOW, decoder.config.num_positions)))
-        for i, batch in enumerate(windows):
+        batches = list(windows(tokens, min(WINDOW, decoder.config.num_positions)))
+        for i, batch in enumerate(batches):
             with torch.inference_mode():
                 sums.add(head, decoder.hidden(batch))
             if on_window is not None:
-                on_window(i + 1, len(windows))
+                on_window(i + 1, len(batches))
     finally:
         for handle in handles:
             handle.remove()
@@ -95,7 +95,8 @@ class _Sums:
         return {name: mean.clone() for name, mean in found.items()}  # out of inference mode
 
 
-def _windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+def windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+    """Batches of one sequence of `length` tokens each, the last one shorter."""
     for start in range(0, len(tokens), length):
         window = torch.tensor(tokens[start : start + length], dtype=torch.int32)
         n = len(window)

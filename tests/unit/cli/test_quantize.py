@@ -51,6 +51,22 @@ def test_json_has_every_weight(model, tmp_path, capsys):
     assert report["bits_per_weight"] == 8 * report["num_bytes"] / report["num_parameters"]
 
 
+def test_gptq_and_awq_from_a_text(model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("#%&'(*+,-.3579;=?ACEGI" * 120)
+    reports = {}
+    for method in ("rtn", "gptq", "awq"):
+        arguments = ["quantize", model, "-o", str(tmp_path / method), "--format", "int4-g32",
+                     "--method", method, "--calibrate", str(text), "--json"]  # fmt: skip
+        assert run(arguments) == 0
+        reports[method] = json.loads(capsys.readouterr().out)
+        assert run([*arguments]) == 0
+        assert json.loads(capsys.readouterr().out)["status"] == "unchanged"
+    errors = {m: sum(w["output_error"] or 0 for w in r["weights"]) for m, r in reports.items()}
+    assert errors["gptq"] < errors["rtn"]
+    assert errors["awq"] < errors["rtn"]
+
+
 def test_there_and_back(model, tmp_path, capsys):
     assert run(["quantize", model, "-o", str(tmp_path / "q")]) == 0
     assert run(["dequantize", str(tmp_path / "q"), "-o", str(tmp_path / "hf")]) == 0
@@ -66,6 +82,10 @@ def test_there_and_back(model, tmp_path, capsys):
         (["--format", "keep", "--scale-type", "float16"], 2, "no effect"),
         (["--calibrate", "missing.txt"], 8, "missing.txt"),
         (["--targets", "none"], 2, "blocks"),
+        (["--method", "gptq"], 2, "needs a text"),
+        (["--method", "gptq", "--format", "keep", "--calibrate", "a.txt"], 2, "choose one"),
+        (["--method", "gptq", "--calibrate", "missing.txt"], 8, "missing.txt"),
+        (["--method", "awq", "--calibrate", "none"], 8, "needs a format and calibration"),
     ],
 )
 def test_bad_arguments_end_in_one_line(model, tmp_path, capsys, arguments, code, said):
@@ -80,3 +100,5 @@ def test_a_short_calibration_text_is_refused(model, tmp_path, capsys):
     arguments = ["quantize", model, "-o", str(tmp_path / "out"), "--calibrate"]
     assert run([*arguments, str(tmp_path / "short.txt")]) == 8
     assert "2 tokens, at least 512 are needed" in capsys.readouterr().err
+    assert run([*arguments, str(tmp_path / "short.txt"), "--method", "gptq"]) == 8
+    assert "2 tokens, GPTQ needs at least 2048" in capsys.readouterr().err
