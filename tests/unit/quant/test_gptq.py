@@ -80,7 +80,7 @@ def test_three_inputs_against_every_choice():
     nearest = quantize_weight(weight, fmt, importance=torch.ones(3))
     loss = _loss(weight, quantised, hessian)
     assert 0.9999 * best < loss < 1.5 * best  # the reference sums in another order
-    assert loss < 0.5 * _loss(weight, nearest, hessian)
+    assert loss < 0.9 * _loss(weight, nearest, hessian)
 
 
 def test_zero_rows_dead_inputs_and_gated_halves(problem):
