@@ -71,9 +71,15 @@ def input_mean_squares(
 
 def random_mean_squares(decoder: Decoder) -> dict[str, Tensor]:
     """`input_mean_squares` over MIN_TOKENS random tokens, always the same ones: needs no text."""
+    return input_mean_squares(decoder, random_tokens(decoder), "of random tokens")
+
+
+def random_tokens(decoder: Decoder) -> list[int]:
+    """MIN_TOKENS of them, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(decoder.config.vocab_size, (MIN_TOKENS,), generator=generator)
-    return input_mean_squares(decoder, tokens.tolist(), "of random tokens")
+    found: list[int] = tokens.tolist()
+    return found
 
 
 class _Sums:

@@ -45,7 +45,8 @@ class QuantizeOptions:
     format: None keeps the codes of a GPTQ or AWQ checkpoint. targets: "blocks" leaves embedding
     and head in bfloat16. overrides: (glob of module names, format or None = bfloat16), the first
     match wins. importance: mean square of each weight's inputs, by module name. gptq: the Hessians
-    to round by, instead of to nearest. awq: scales to multiply input channels by before.
+    to round by, instead of to nearest. awq: scales to multiply input channels by before. label:
+    what the file says of its format when overrides make it several.
     """
 
     format: WeightFormat | None
@@ -55,12 +56,13 @@ class QuantizeOptions:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     gptq: Hessians | None = None
     awq: ChannelScales | None = None
+    label: str = ""
     is_measured: bool = True
 
     @property
     def name(self) -> str:
-        """The format's name, "keep" for the checkpoint's own."""
-        return self.format.name if self.format else "keep"
+        """The label if there is one, the format's name, "keep" for the checkpoint's own."""
+        return self.label or (self.format.name if self.format else "keep")
 
 
 OnWeight = Callable[[int, int, WeightReport], None]  # index, count, what was done

@@ -67,6 +67,20 @@ def test_gptq_and_awq_from_a_text(model, tmp_path, capsys):
     assert errors["awq"] < errors["rtn"]
 
 
+def test_bits_choose_formats(model, tmp_path, capsys):
+    found = {}
+    for bits in ("11", "13"):  # these weights fill no tile
+        out = tmp_path / bits
+        arguments = ["quantize", model, "-o", str(out), "--bits", bits, "--json"]
+        assert run(arguments) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["format"] == f"bits={bits}"
+        assert report["bits_per_weight"] <= float(bits)
+        found[bits] = sum(w["output_error"] ** 2 for w in report["weights"] if w["output_error"])
+    assert len({w["format"] for w in report["weights"]}) > 1
+    assert found["13"] < found["11"]
+
+
 def test_there_and_back(model, tmp_path, capsys):
     assert run(["quantize", model, "-o", str(tmp_path / "q")]) == 0
     assert run(["dequantize", str(tmp_path / "q"), "-o", str(tmp_path / "hf")]) == 0
@@ -83,6 +97,10 @@ def test_there_and_back(model, tmp_path, capsys):
         (["--calibrate", "missing.txt"], 8, "missing.txt"),
         (["--targets", "none"], 2, "blocks"),
         (["--method", "gptq"], 2, "needs a text"),
+        (["--bits", "5", "--format", "int4"], 2, "leave out --format"),
+        (["--bits", "-1"], 2, "positive"),
+        (["--bits", "3"], 8, "3 bits a weight; at least"),
+        (["--bits", "9", "--calibrate", "none"], 8, "--bits needs calibration"),
         (["--method", "gptq", "--format", "keep", "--calibrate", "a.txt"], 2, "choose one"),
         (["--method", "gptq", "--calibrate", "missing.txt"], 8, "missing.txt"),
         (["--method", "awq", "--calibrate", "none"], 8, "needs a format and calibration"),
