@@ -29,6 +29,7 @@ What you can do next:
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
+  sterna quality A B --text FILE  how far a quantised model is from the original
   sterna bench serve              measure any OpenAI endpoint under load
   sterna doctor                   which kernels run here, and why
 
@@ -71,6 +72,11 @@ def build_app() -> App:
         "sterna.cli.quantize:dequantize",
         name="dequantize",
         help="Write a quantised model's weights as plain ones.",
+    )
+    app.command(
+        "sterna.cli.quality:quality",
+        name="quality",
+        help="Compare two models' predictions on texts: KL, top-1, perplexity.",
     )
     app.command(_bench_app())
     app.command(

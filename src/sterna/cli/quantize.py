@@ -15,6 +15,7 @@ from sterna.core.log import setup_logging
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Texts = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 KEEP = "keep"
+DEFAULT_FORMAT = "fp6"
 RANDOM, NONE = "random", "none"
 
 
@@ -23,7 +24,9 @@ def quantize(
     /,
     *,
     output: Output,
-    format: str = "fp6",
+    format: str = DEFAULT_FORMAT,
+    method: Literal["rtn", "gptq", "awq"] = "rtn",
+    bits: float = 0,
     targets: Literal["blocks", "all"] = "all",
     scales: Literal["absmax", "fast", "mse"] = "mse",
     scale_type: Literal["auto", "float32", "float16", "e8m0"] = "auto",
@@ -46,6 +49,12 @@ def quantize(
     format
         fp6, fp6-e3m2, fp6-mixed, fp5, fp4, fp8, int4, int5, int6, int8, each also with -g32, -g64
         or -g128; mxfp4, mxfp6, mxfp6-e3m2; keep (the codes of a GPTQ or AWQ checkpoint).
+    method
+        rtn rounds to nearest; gptq lets other weights make up for each error (needs --calibrate
+        FILE; minutes); awq scales input channels into the norms first.
+    bits
+        Choose a format for every weight, for the least predicted KL at this many bits a weight
+        all included; in the place of --format. 0 is off.
     targets
         all, or blocks: leave the embedding and the head in bfloat16.
     scales
@@ -66,12 +75,21 @@ def quantize(
     from sterna.cli.quantize_run import QuantizeRun
 
     setup_logging("WARNING")
+    if bits:
+        _check_budget(bits, format, targets)
     options = _options(format, targets, scales, scale_type, override)
     run = QuantizeRun(model, output, options, is_quiet=as_json)
+    if method == "gptq":
+        _check_gptq(format, calibrate)
+        run.use_gptq(Path(calibrate), calibrate_tokens)
     if calibrate == RANDOM:
         run.calibrate_at_random()
-    elif calibrate != NONE:
+    elif calibrate != NONE and (bits or method != "gptq"):
         run.calibrate(Path(calibrate), calibrate_tokens)
+    if bits:
+        run.use_budget(bits)
+    if method == "awq":
+        run.use_awq()
     report = run.run()
     if as_json:
         print(json.dumps(run.as_json(report), indent=2))
@@ -82,6 +100,25 @@ def quantize(
 
         draw_errors(report, plot)
     return 0
+
+
+def _check_gptq(format_name: str, calibrate: str) -> None:
+    if format_name == KEEP:
+        raise ConfigError("--method gptq rounds anew, --format keep keeps codes; choose one")
+    if calibrate in (RANDOM, NONE):
+        raise ConfigError(
+            f"--method gptq with --calibrate {calibrate}; it needs a text: --calibrate FILE"
+        )
+
+
+def _check_budget(bits: float, format_name: str, targets: str) -> None:
+    if bits < 0:
+        raise ConfigError(f"--bits {bits:g}; give a positive number such as 5.5")
+    if format_name != DEFAULT_FORMAT or targets != "all":
+        raise ConfigError(
+            "--bits chooses the format of every weight; leave out --format and --targets "
+            "(--override still fixes weights by name)"
+        )
 
 
 def dequantize(

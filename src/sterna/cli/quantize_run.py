@@ -16,10 +16,15 @@ from sterna.core.errors import QuantizeError
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.quant.calibrate import input_mean_squares, random_mean_squares
+from sterna.model.load import DTypeName
+from sterna.quant.awq import channel_scales
+from sterna.quant.budget import choose_formats, price_formats
+from sterna.quant.calibrate import input_mean_squares, random_mean_squares, random_tokens
 from sterna.quant.convert import QuantizeOptions, quantize_folder
+from sterna.quant.hessian import Hessians
 from sterna.quant.load import load_quantized
 from sterna.quant.report import ModelReport, WeightReport
+from sterna.quant.sensitivity import row_sensitivities
 from sterna.quant.sources import open_source
 from sterna.text.tokenizer import load_tokenizer
 
@@ -37,16 +42,12 @@ class QuantizeRun:
         self._source = resolve_model(model)
         self._output = output
         self._options = options
+        self._seen: list[int] = []
         self._console = Console(stderr=True, quiet=is_quiet, highlight=False)
 
     def calibrate(self, text: Path, num_tokens: int) -> None:
         """Weigh inputs by their mean squares over a text. QuantizeError for an unusable one."""
-        try:
-            with text.open(encoding="utf-8") as file:
-                sample = file.read(num_tokens * _MARGIN)
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
-        tokens = load_tokenizer(self._source).encode(sample)[:num_tokens]
+        tokens = self._tokens(text, num_tokens)
         decoder = self._decoder()
         with self._progress("calibrate") as bar:
             task = bar.add_task("", total=None, name="")
@@ -54,17 +55,66 @@ class QuantizeRun:
                 decoder, tokens, str(text), lambda i, n: bar.update(task, completed=i, total=n)
             )
         self._options = replace(self._options, importance=squares)
+        self._seen = tokens
 
     def calibrate_at_random(self) -> None:
         """The same over random tokens."""
         with self._console.status("calibrate"):
-            squares = random_mean_squares(self._decoder())
+            decoder = self._decoder()
+            squares = random_mean_squares(decoder)
         self._options = replace(self._options, importance=squares)
+        self._seen = random_tokens(decoder)
 
-    def _decoder(self) -> Decoder:
+    def use_budget(self, bits: float) -> None:
+        """Choose formats for `bits` a weight, after calibration. QuantizeError for too few."""
+        options = self._options
+        if not options.importance:
+            raise QuantizeError("--bits needs calibration; leave out --calibrate none")
+        with self._console.status("measure sensitivities"):
+            sensitivity = row_sensitivities(self._decoder("float32"), self._seen)
+        decoder = self._decoder()
+        with self._progress("price formats") as bar:
+            task = bar.add_task("", total=None, name="")
+            prices = price_formats(
+                decoder,
+                options.importance,
+                sensitivity,
+                on_weight=lambda i, n: bar.update(task, completed=i, total=n),
+            )
+        chosen = tuple(choose_formats(prices, decoder, bits).items())
+        overrides = (*options.overrides, *chosen)
+        self._options = replace(options, overrides=overrides, label=f"bits={bits:g}")
+
+    def use_gptq(self, text: Path, num_tokens: int) -> None:
+        """Round by Hessians over a text. QuantizeError for an unusable or too short one."""
+        tokens = self._tokens(text, num_tokens)
+        hessians = Hessians(self._decoder(), tokens, str(text))
+        self._options = replace(self._options, gptq=hessians)
+
+    def use_awq(self) -> None:
+        """Search channel scales. QuantizeError when nothing was calibrated or codes are kept."""
+        options = self._options
+        if options.format is None or not options.importance:
+            raise QuantizeError(
+                "--method awq needs a format and calibration; leave out --format keep and "
+                "--calibrate none"
+            )
+        with self._console.status("scale channels"):
+            scales = channel_scales(self._decoder(), options.importance, options.format)
+        self._options = replace(options, awq=scales)
+
+    def _tokens(self, text: Path, num_tokens: int) -> list[int]:
+        try:
+            with text.open(encoding="utf-8") as file:
+                sample = file.read(num_tokens * _MARGIN)
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
+        return load_tokenizer(self._source).encode(sample)[:num_tokens]
+
+    def _decoder(self, dtype: DTypeName = "bfloat16") -> Decoder:
         """The source, its weights mapped and not packed: they need no memory of their own."""
         checkpoint = open_source(self._source)  # refuses what is quantised already
-        return load_quantized(checkpoint.path).decoder
+        return load_quantized(checkpoint.path, dtype).decoder
 
     def run(self) -> ModelReport | None:
         """Quantise; None when the folder is this command's result already."""

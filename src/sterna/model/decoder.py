@@ -68,15 +68,20 @@ class Decoder(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
-        h: Tensor = self.embed_tokens(batch.tokens)
-        if self.embed_positions is not None:
-            h = ops.add(h, self.embed_positions(batch.positions))
+        h = self.embedded(batch)
         last = len(self.layers) - 1
         for layer_idx, block in enumerate(self.layers):
             rows = batch.output_rows if layer_idx == last else None
-            h = block(h, batch, self._table(layer_idx), rows)
+            h = block(h, batch, self.rope_of(layer_idx), rows)
         out: Tensor = self.norm(h)
         return out
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """What the first block reads: [T, D]."""
+        h: Tensor = self.embed_tokens(batch.tokens)
+        if self.embed_positions is not None:
+            h = ops.add(h, self.embed_positions(batch.positions))
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> float32 logits [R, V]."""
@@ -120,6 +125,7 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return next(self.norm.parameters()).device
 
-    def _table(self, layer_idx: int) -> Tensor | None:
+    def rope_of(self, layer_idx: int) -> Tensor | None:
+        """The rope table of a layer; None = it rotates nothing."""
         rope_idx = self.config.layer_ropes[layer_idx]
         return self.ropes.tables[rope_idx] if rope_idx >= 0 else None

@@ -50,12 +50,12 @@ def input_mean_squares(
     ]
     head = "embed_tokens" if decoder.lm_head is None else "lm_head"
     try:
-        windows = list(_windows(tokens, min(WINDOW, decoder.config.num_positions)))
-        for i, batch in enumerate(windows):
+        batches = list(windows(tokens, min(WINDOW, decoder.config.num_positions)))
+        for i, batch in enumerate(batches):
             with torch.inference_mode():
                 sums.add(head, decoder.hidden(batch))
             if on_window is not None:
-                on_window(i + 1, len(windows))
+                on_window(i + 1, len(batches))
     finally:
         for handle in handles:
             handle.remove()
@@ -71,9 +71,15 @@ def input_mean_squares(
 
 def random_mean_squares(decoder: Decoder) -> dict[str, Tensor]:
     """`input_mean_squares` over MIN_TOKENS random tokens, always the same ones: needs no text."""
+    return input_mean_squares(decoder, random_tokens(decoder), "of random tokens")
+
+
+def random_tokens(decoder: Decoder) -> list[int]:
+    """MIN_TOKENS of them, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(decoder.config.vocab_size, (MIN_TOKENS,), generator=generator)
-    return input_mean_squares(decoder, tokens.tolist(), "of random tokens")
+    found: list[int] = tokens.tolist()
+    return found
 
 
 class _Sums:
@@ -95,7 +101,8 @@ class _Sums:
         return {name: mean.clone() for name, mean in found.items()}  # out of inference mode
 
 
-def _windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+def windows(tokens: Sequence[int], length: int) -> Iterator[Batch]:
+    """Batches of one sequence of `length` tokens each, the last one shorter."""
     for start in range(0, len(tokens), length):
         window = torch.tensor(tokens[start : start + length], dtype=torch.int32)
         n = len(window)

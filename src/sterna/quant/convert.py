@@ -22,8 +22,11 @@ from sterna.core.errors import ConfigError, QuantizeError
 from sterna.kernels.quant_weight import QuantWeight
 from sterna.model.decoder import Decoder
 from sterna.model.weights import read_parameter, split_parts
+from sterna.quant.awq import ChannelScales
 from sterna.quant.file import FILE_NAME, VERSION, TensorSpec, WeightSpec, weight_spec
 from sterna.quant.formats import SCALE_DTYPES, WeightFormat
+from sterna.quant.gptq import gptq_weight
+from sterna.quant.hessian import Hessians
 from sterna.quant.linear import weight_shapes
 from sterna.quant.report import ModelReport, WeightReport, weight_report
 from sterna.quant.rtn import ScaleSearch, quantize_weight
@@ -41,7 +44,9 @@ class QuantizeOptions:
 
     format: None keeps the codes of a GPTQ or AWQ checkpoint. targets: "blocks" leaves embedding
     and head in bfloat16. overrides: (glob of module names, format or None = bfloat16), the first
-    match wins. importance: mean square of each weight's inputs, by module name.
+    match wins. importance: mean square of each weight's inputs, by module name. gptq: the Hessians
+    to round by, instead of to nearest. awq: scales to multiply input channels by before. label:
+    what the file says of its format when overrides make it several.
     """
 
     format: WeightFormat | None
@@ -49,12 +54,15 @@ class QuantizeOptions:
     search: ScaleSearch = "mse"
     overrides: tuple[tuple[str, WeightFormat | None], ...] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    gptq: Hessians | None = None
+    awq: ChannelScales | None = None
+    label: str = ""
     is_measured: bool = True
 
     @property
     def name(self) -> str:
-        """The format's name, "keep" for the checkpoint's own."""
-        return self.format.name if self.format else "keep"
+        """The label if there is one, the format's name, "keep" for the checkpoint's own."""
+        return self.label or (self.format.name if self.format else "keep")
 
 
 OnWeight = Callable[[int, int, WeightReport], None]  # index, count, what was done
@@ -91,6 +99,7 @@ class _Plan:
 
     def __init__(self, checkpoint: Checkpoint, options: QuantizeOptions) -> None:
         self.checkpoint = checkpoint
+        self.awq = options.awq or ChannelScales({}, {})
         self.decoder = Decoder(checkpoint.config, _REST_DTYPE, "meta")
         self.formats: dict[str, WeightFormat] = {}
         self.specs: dict[str, WeightSpec] = {}
@@ -123,16 +132,22 @@ class _Plan:
         return None if options.targets == "blocks" and name in _HEADS else options.format
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter's value."""
+        """A parameter's value, channels scaled."""
+        if name in self.awq.norms:
+            return self.awq.norms[name].to(dtype)
         c, shape = self.checkpoint, self.decoder.get_parameter(name).shape
-        return read_parameter(c.source, name, c.names, shape, dtype)
+        value = read_parameter(c.source, name, c.names, shape, dtype)
+        factors = self.awq.columns.get(name.removesuffix(".weight"))
+        return value if factors is None else value * factors
 
 
 def _write_weights(
     plan: _Plan, writer: ContainerWriter, options: QuantizeOptions, on_weight: OnWeight | None
 ) -> list[WeightReport]:
     reports = []
-    for i, (name, fmt) in enumerate(plan.formats.items()):
+    # The head last: Hessians come in the order of the forward, also that of a tied table.
+    order = sorted(plan.formats.items(), key=lambda item: item[0] in _HEADS)
+    for i, (name, fmt) in enumerate(order):
         names = [spec.name for spec in plan.specs[name].tensors(name, SCALE_DTYPES[fmt.scale])]
         if all(map(writer.has, names)):
             continue
@@ -148,12 +163,14 @@ def _write_weights(
 def _quantised(
     plan: _Plan, name: str, fmt: WeightFormat, options: QuantizeOptions
 ) -> tuple[QuantWeight, WeightReport]:
-    spec, importance = plan.specs[name], options.importance.get(name)
+    spec, importance = plan.specs[name], _importance(plan, name, options)
     plain = plan.read(f"{name}.weight", torch.float32)
     checkpoint = plan.checkpoint
     bases = checkpoint.packed_names(name) if options.format is None else ()
     if checkpoint.packed is not None and bases:
         weight = checkpoint.packed.weight(bases, spec.is_gated)
+    elif importance is not None and importance.dim() == 2:
+        weight = gptq_weight(plain, importance, fmt, is_gated=spec.is_gated, name=name)
     else:
         weight = quantize_weight(
             plain, fmt, search=options.search, importance=importance, is_gated=spec.is_gated,
@@ -165,6 +182,16 @@ def _quantised(
         return weight, WeightReport(name, fmt.name, *shape, nan, None)
     halves = plain.chunk(1 + spec.is_gated)
     return weight, weight_report(name, fmt.name, halves, weight, importance)
+
+
+def _importance(plan: _Plan, name: str, options: QuantizeOptions) -> Tensor | None:
+    """A weight's Hessian [K, K] when GPTQ rounds it, else its inputs' mean squares [K]."""
+    hessian = None if options.gptq is None else options.gptq.get(name)
+    if hessian is not None:
+        return hessian
+    squares = options.importance.get(name)
+    factors = plan.awq.columns.get(name)
+    return squares if squares is None or factors is None else squares / factors.square()
 
 
 def _write_rest(plan: _Plan, writer: ContainerWriter) -> None:
@@ -187,7 +214,8 @@ def _job(checkpoint: Checkpoint, options: QuantizeOptions) -> str:
     sums = sorted((name, hashlib.sha256(h.numpy().tobytes()).hexdigest())
                   for name, h in options.importance.items())  # fmt: skip
     facts = (VERSION, stats, options.format, options.targets, options.search, options.overrides)
-    return hashlib.sha256(repr((facts, sums)).encode()).hexdigest()
+    methods = [made.digest for made in (options.gptq, options.awq) if made is not None]
+    return hashlib.sha256(repr((facts, sums, *methods)).encode()).hexdigest()
 
 
 def _is_done(out: Path, job: str) -> bool:

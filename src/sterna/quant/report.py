@@ -21,7 +21,7 @@ class WeightReport:
     """One weight. Errors are norms relative to the norm of what was there.
 
     weight_error: |w - q| / |w|. output_error: the same of the layer's output, as predicted from
-    the mean squares of its inputs; None without calibration.
+    the mean squares of its inputs, or by their Hessian; None without calibration.
     """
 
     name: str
@@ -66,7 +66,10 @@ def weight_report(
     quantised: QuantWeight,
     importance: Tensor | None,
 ) -> WeightReport:
-    """plain: the weight [N, K], or its halves when gated. Decoded in runs: little memory."""
+    """plain: the weight [N, K], or its halves when gated. Decoded in runs: little memory.
+
+    importance: mean squares of the inputs [K], or their Hessian [K, K].
+    """
     halves = _halves(quantised) if quantised.is_gated else [quantised]
     runs = [
         (half, weight, first)
@@ -92,7 +95,10 @@ def _square_sums(half: QuantWeight, weight: Tensor, first: int, importance: Tens
     w = weight[first * TILE_ROWS : (first + _RUN_BLOCKS) * TILE_ROWS].float()
     miss = _block_rows(half, first, first + _RUN_BLOCKS)[: len(w)] - w
     by_input = torch.stack([miss.square().sum(dim=0), w.square().sum(dim=0)]).double()
-    return torch.cat([by_input.sum(dim=1), (by_input * importance).sum(dim=1)])
+    if importance.dim() == 1:
+        return torch.cat([by_input.sum(dim=1), (by_input * importance).sum(dim=1)])
+    outputs = [(x @ importance * x).sum(dtype=torch.float64) for x in (miss, w)]
+    return torch.cat([by_input.sum(dim=1), torch.stack(outputs)])
 
 
 def _halves(weight: QuantWeight) -> list[QuantWeight]:
