@@ -67,10 +67,10 @@ def _backward(
         h = block(h, batch, decoder.rope_of(layer_idx), None)
     hidden = decoder.norm(h)
     logits = decoder.logits(hidden)
-    logits.register_hook(lambda g: on_logits(hidden.detach(), g))
+    logits.register_hook(lambda g: on_logits(hidden.detach(), g))  # type: ignore[no-untyped-call]
     log_probs = logits.log_softmax(dim=-1)
     drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-    log_probs.gather(1, drawn).sum().backward()
+    torch.autograd.backward(log_probs.gather(1, drawn).sum())
 
 
 class _Squares:
@@ -90,10 +90,13 @@ class _Squares:
 
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
-            if isinstance(module, GatedLinear):
-                output.register_hook(lambda g: self.add(name, x, _through_gate(module, x, g)))
-            else:
-                output.register_hook(lambda g: self.add(name, x, g))
+
+            def note(g: Tensor) -> None:
+                if isinstance(module, GatedLinear):
+                    g = _through_gate(module, x, g)
+                self.add(name, x, g)
+
+            output.register_hook(note)  # type: ignore[no-untyped-call]
 
         return forward
 
