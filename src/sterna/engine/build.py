@@ -106,5 +106,6 @@ def _curve_key(path: Path, dtype: str, config: EngineConfig) -> str:
         f"{torch.get_num_threads()} threads",
         load_kernels().level,
         f"capture={config.capture}",
+        f"kv={config.kv_cache_dtype}",
     )
     return " | ".join(facts)
