@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,7 @@ from sterna.core.errors import SternaError
 from sterna.core.log import setup_logging
 from sterna.core.machine import available_memory_bytes, fingerprint
 from sterna.core.rundir import home
+from sterna.engine.config import EngineConfig
 from sterna.version import __version__
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "llguidance", "fastapi", "uvicorn", "uvloop",
@@ -57,9 +58,15 @@ def examine(model: str) -> dict[str, Any]:
         "compiler": _compiler(),
         "cache_folder": str(home()),
         "accelerator": _accelerator(),
+        "kv_cache_dtypes": _kv_cache_dtypes(),
         "kernels": _kernels(),
         "model": _model(model),
     }
+
+
+def _kv_cache_dtypes() -> list[str]:
+    field = EngineConfig.model_fields["kv_cache_dtype"]
+    return list(get_args(field.annotation))
 
 
 def _version(name: str) -> str | None:
@@ -137,6 +144,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("accelerator", report["accelerator"] or "none"),
         ("C++ compiler", report["compiler"] or "none found; kernels can not be rebuilt here"),
         ("libraries", ", ".join(libraries)),
+        ("KV cache", f"--kv-cache-dtype {' | '.join(report['kv_cache_dtypes'])}"),
         ("cache folder", report["cache_folder"]),
         ("model", model["found"] or f"not found: {model['fault']}"),
     ]

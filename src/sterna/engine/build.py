@@ -134,5 +134,6 @@ def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> st
         f"{torch.get_num_threads()} threads",
         load_kernels().level,
         f"capture={config.capture}",
+        f"kv={config.kv_cache_dtype}",
     )
     return " | ".join(facts)

@@ -31,6 +31,10 @@ class EngineConfig(BaseModel):
     kv_cache_bytes: int | None = Field(
         None, gt=0, description="KV cache size; None = a share of the free memory"
     )
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "fp8", "int8"] = Field(
+        "auto",
+        description="KV cache; auto = as the model computes; fp8 and int8 hold twice the tokens",
+    )
     num_kv_blocks: int | None = Field(None, gt=1, description="KV blocks; overrides kv_cache_bytes")
     max_num_seqs: int = Field(64, gt=0, description="sequences in one step")
     token_budget: int | None = Field(

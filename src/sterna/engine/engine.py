@@ -21,7 +21,7 @@ from sterna.engine.commit import Committer, Draw
 from sterna.engine.config import EngineConfig
 from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
 from sterna.engine.kv import BlockPool
-from sterna.engine.memory import EngineShape, engine_shape
+from sterna.engine.memory import EngineShape, engine_shape, kv_dtype
 from sterna.engine.outputs import StepOutputs
 from sterna.engine.request import EngineRequest, FinishReason, RequestOutput, StepStats
 from sterna.engine.runner import InferenceModel, Logits, Runner
@@ -74,6 +74,7 @@ class Engine:
             max_tokens=_buffer_tokens(config, budget, shape.max_model_len),
             max_seqs=config.max_num_seqs,
             max_blocks=max_blocks,
+            kv_dtype=kv_dtype(decoder, config),
             device=config.device,
             replay=config.capture,
         )

@@ -15,6 +15,9 @@ from sterna.engine.config import EngineConfig
 
 log = get_logger(__name__)
 
+# Settings that make a cache of one byte an element; see kernels/kv_codes.py.
+QUANTISED_KV = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
 # Share of the free memory taken when nothing is configured. On a CPU the machine is shared with
 # other programs; a GPU is usually ours alone, but activations need room too.
 CPU_SHARE, CUDA_SHARE = 0.25, 0.8
@@ -52,8 +55,15 @@ class SizedModel(Protocol):
         """The model's sizes."""
         ...
 
-    def new_kv_layers(self, num_blocks: int, block_size: int) -> tuple[Tensor, ...]:
-        """One zeroed cache tensor a layer, blocks along dimension 0."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        ...
+
+    def new_kv_layers(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
+        """One zeroed cache tensor a layer, blocks along dimension 0; None = the model's dtype."""
         ...
 
 
@@ -94,9 +104,27 @@ def engine_shape(decoder: SizedModel, config: EngineConfig) -> EngineShape:
     )
 
 
+def kv_dtype(decoder: SizedModel, config: EngineConfig) -> torch.dtype:
+    """The dtype of the KV cache. ConfigError for a plain one that is not the model's."""
+    asked = config.kv_cache_dtype
+    if asked == "auto":
+        return decoder.dtype
+    if asked in QUANTISED_KV:
+        return QUANTISED_KV[asked]
+    computes = str(decoder.dtype).removeprefix("torch.")
+    if asked != computes:
+        raise ConfigError(
+            f"kv_cache_dtype is {asked}, the model computes in {computes}; "
+            f"use auto, fp8 or int8, or set dtype to {asked}",
+            param="kv_cache_dtype",
+        )
+    return decoder.dtype
+
+
 def _blocks_in_memory(decoder: SizedModel, config: EngineConfig) -> int:
     """Blocks for the configured or available bytes."""
-    block_bytes = sum(layer.nbytes for layer in decoder.new_kv_layers(1, config.block_size))
+    layers = decoder.new_kv_layers(1, config.block_size, kv_dtype(decoder, config))
+    block_bytes = sum(layer.nbytes for layer in layers)
     num_bytes = config.kv_cache_bytes or _available_bytes(config.device)
     num_blocks = num_bytes // block_bytes
     if num_blocks < 2:

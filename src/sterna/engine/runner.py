@@ -140,12 +140,13 @@ class Runner:
         max_tokens: int,
         max_seqs: int,
         max_blocks: int,
+        kv_dtype: torch.dtype | None = None,
         device: str = "cpu",
         replay: bool = False,
     ) -> None:
         self.decoder = decoder
         self.block_size = block_size
-        self.layers = decoder.new_kv_layers(num_blocks, block_size)
+        self.layers = decoder.new_kv_layers(num_blocks, block_size, kv_dtype)
         self.buffers = InputBuffers(max_tokens, max_seqs, max_blocks, device)
         self._batches: dict[BatchShape, Batch] = {}
         self._offsets = np.arange(max_tokens, dtype=np.int32)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sterna.kernels.kv_codes import row_elems
+
 
 class KernelBackend(Protocol):
     """The layouts of one device's kernels."""
@@ -27,7 +29,9 @@ class KernelBackend(Protocol):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        """Zeros [num_blocks, 2, num_kv_heads * block_size * head_dim]; inner layout is ours."""
+        """Zeros [num_blocks, 2, elements]; the inner layout is ours. int8 and float8_e4m3fn
+        caches are quantised (kernels/kv_codes.py) and hold the scales too.
+        """
         ...
 
     def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
@@ -42,7 +46,7 @@ class KernelBackend(Protocol):
 
 
 class ReferenceBackend:
-    """Plain weights; cache blocks laid out [2, num_kv_heads, block_size, head_dim]."""
+    """Plain weights; cache blocks laid out [2, num_kv_heads, block_size, head_dim (+ scale)]."""
 
     name = "reference"
 
@@ -56,7 +60,7 @@ class ReferenceBackend:
         device: torch.device,
     ) -> Tensor:
         """See KernelBackend."""
-        size = num_kv_heads * block_size * head_dim
+        size = num_kv_heads * block_size * row_elems(head_dim, dtype)
         return torch.zeros(num_blocks, 2, size, dtype=dtype, device=device)
 
     def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:

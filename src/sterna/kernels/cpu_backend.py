@@ -23,6 +23,7 @@ from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
 from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls
 from sterna.kernels.backend import use_backend
+from sterna.kernels.kv_codes import row_elems
 from sterna.kernels.optable import OPS, library
 from sterna.kernels.tiles import TILE_ROWS, WIDTHS
 
@@ -102,7 +103,7 @@ class CpuBackend:
         """See KernelBackend. Raises KernelError for a block size that is no multiple of 16."""
         if block_size % 16:
             raise KernelError(f"KV block of {block_size} tokens; use a multiple of 16")
-        size = num_kv_heads * block_size * head_dim
+        size = num_kv_heads * block_size * row_elems(head_dim, dtype)
         flat = _lazy_zeros(num_blocks * 2 * size + _SLACK_ELEMS, dtype)
         return flat[: num_blocks * 2 * size].view(num_blocks, 2, size)
 

@@ -13,8 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sterna.core.errors import KernelError
+
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # others: the compute dtype, 0
 
 
 class Sink(Protocol):
@@ -182,7 +185,8 @@ def rope(
         sink.tape, *sink.counts(tokens, 0), qkv.data_ptr(), positions.data_ptr(), address(table),
         address(q_norm), address(k_norm), out.data_ptr(), address(cache), address(slots),
         DTYPES[qkv.dtype], num_heads, num_kv_heads, head_dim,
-        0 if table is None else table.shape[1], int(unit_offset), block_size, eps,
+        0 if table is None else table.shape[1], int(unit_offset), block_size,
+        0 if cache is None else cache_format(cache, qkv.dtype), eps,
     )  # fmt: skip
     return out
 
@@ -209,9 +213,18 @@ def paged_attention(
         sink.tape, *sink.counts(tokens, context_lens.shape[0]), q.data_ptr(), cache.data_ptr(),
         block_tables.data_ptr(), query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(),
         DTYPES[q.dtype], num_heads, num_kv_heads, head_dim, block_size, block_tables.shape[1],
-        stride, window, scale, softcap,
+        stride, window, cache_format(cache, q.dtype), scale, softcap,
     )  # fmt: skip
     return out
+
+
+def cache_format(cache: Tensor, dtype: torch.dtype) -> int:
+    """CacheFormat of kernels/cpu/args.h. KernelError for a plain cache of another dtype."""
+    if cache.dtype != dtype and cache.dtype not in CACHE_FORMATS:
+        raise KernelError(
+            f"a KV cache of {cache.dtype} under a model of {dtype}; use {dtype}, int8 or e4m3"
+        )
+    return CACHE_FORMATS.get(cache.dtype, 0)
 
 
 def address(x: Tensor | None) -> int:

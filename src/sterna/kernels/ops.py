@@ -327,7 +327,11 @@ def new_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Zeros [num_blocks, 2, G * block_size * C]; the inner layout is owned by the back end."""
+    """Zeros [num_blocks, 2, G * block_size * C]; the inner layout is owned by the back end.
+
+    `dtype` is the compute dtype, or int8 or float8_e4m3fn for a quantised cache, whose rows hold
+    C + 4 bytes: see kernels/kv_codes.py.
+    """
     backend = backend_for(device.type)
     return backend.new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sterna.kernels import kv_codes
 from sterna.kernels.backend import plain_weight
 
 
@@ -138,7 +139,9 @@ def rope_store(
         qkv, positions, table, q_norm, k_norm, eps, unit_offset, num_heads, num_kv_heads, head_dim
     )
     q, k, v = _split_heads(rotated, num_heads, num_kv_heads, head_dim)
-    view = cache.view(cache.shape[0], 2, num_kv_heads, block_size, head_dim)
+    view = _cache_rows(cache, num_kv_heads, block_size)
+    if cache.dtype in kv_codes.LARGEST:
+        k, v = kv_codes.quantise(k, cache.dtype), kv_codes.quantise(v, cache.dtype)
     blocks, offsets = slots // block_size, slots % block_size
     view[blocks, 0, :, offsets] = k
     view[blocks, 1, :, offsets] = v
@@ -160,17 +163,25 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """Attention of each sequence's new tokens over its whole context in the paged cache."""
-    view = cache.view(cache.shape[0], 2, num_kv_heads, block_size, head_dim)
+    view = _cache_rows(cache, num_kv_heads, block_size)
     heads = q.view(q.shape[0], num_heads, head_dim)
     bounds, lengths = query_starts.tolist(), context_lens.tolist()
     outputs = [heads[:0].float()]
     for s_idx, length in enumerate(lengths):
         num_blocks = -(-length // block_size)
-        pages = view[block_tables[s_idx, :num_blocks].long()]  # [blocks, 2, G, block, C]
-        flat = pages.permute(1, 0, 3, 2, 4).reshape(2, -1, num_kv_heads, head_dim)[:, :length]
+        pages = view[block_tables[s_idx, :num_blocks].long()]  # [blocks, 2, G, block, row]
+        rows_kv = pages.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+        is_plain = cache.dtype not in kv_codes.LARGEST
+        flat = rows_kv if is_plain else kv_codes.dequantise(rows_kv, cache.dtype)
         rows = heads[bounds[s_idx] : bounds[s_idx + 1]]
         outputs.append(_attend(rows, flat[0], flat[1], scale, window, softcap))
     return torch.cat(outputs).reshape(q.shape).to(q.dtype)
+
+
+def _cache_rows(cache: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
+    """The cache as [blocks, 2, G, block_size, C], or [..., C + 4] bytes when it is quantised."""
+    plain = cache.view(torch.uint8) if cache.dtype in kv_codes.LARGEST else cache
+    return plain.view(cache.shape[0], 2, num_kv_heads, block_size, -1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:

@@ -92,12 +92,17 @@ class Decoder(nn.Module):
         """float32 logits [R, V] of the batch."""
         return self.logits(self.hidden(batch))
 
-    def new_kv_layers(self, num_blocks: int, block_size: int) -> tuple[Tensor, ...]:
-        """One zeroed cache tensor a layer, in the layout of the back end in use."""
+    def new_kv_layers(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
+        """One zeroed cache tensor a layer, in the layout of the back end in use.
+
+        `dtype`: int8 or float8_e4m3fn for a quantised cache; None = the model's.
+        """
         config = self.config
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        device = self.device
-        return tuple(ops.new_kv_cache(*shape, self.dtype, device) for _ in self.layers)
+        kind, device = dtype or self.dtype, self.device
+        return tuple(ops.new_kv_cache(*shape, kind, device) for _ in self.layers)
 
     def rope_row_offset(self, total_len: int) -> int:
         """What to add to the positions of a sequence that may grow to `total_len` tokens.

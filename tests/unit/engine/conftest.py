@@ -47,12 +47,14 @@ def hash_logits(state: int) -> np.ndarray:
 class FakeDecoder:
     """See the module docstring. `poison` tokens make logits NaN, `explode` tokens raise."""
 
+    dtype = torch.float32
+
     def __init__(self, poison=(), explode=()):
         self.config = FakeConfig()
         self.poison, self.explode = set(poison), set(explode)
         self.steps = []
 
-    def new_kv_layers(self, num_blocks, block_size):
+    def new_kv_layers(self, num_blocks, block_size, dtype=None):
         return (torch.full((num_blocks, 2, block_size), -1, dtype=torch.int64),)
 
     def rope_row_offset(self, total_len):

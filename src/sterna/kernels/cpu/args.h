@@ -19,6 +19,9 @@ struct Worker {
 };
 constexpr int64_t SCRATCH_BYTES = 8 << 20;
 
+// How a cache keeps its elements: as the compute dtype, or one byte each and a scale a head.
+enum CacheFormat : int32_t { CACHE_PLAIN = 0, CACHE_INT8 = 1, CACHE_E4M3 = 2 };
+
 enum Act : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_GELU = 4 };
 
 struct EmbedArgs {
@@ -74,6 +77,7 @@ struct RopeArgs {
   void* cache;           // null = plain rope
   const int64_t* slots;  // [T]
   int32_t dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
+  int32_t cache_format;  // CacheFormat
   float eps;
 };
 
@@ -85,6 +89,7 @@ struct AttentionArgs {
   const int32_t* context_lens;
   void* out;  // [T, H * C]
   int32_t dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
+  int32_t cache_format;  // CacheFormat
   float scale, softcap;
 };
 
@@ -144,8 +149,20 @@ inline int64_t int8_row_bytes(int64_t in_features) {
 // values [block_size / P][C][P], where P = 2 for bfloat16 (pairs feed one dot instruction) and
 // 1 for float32. Both are the B operand of the same micro-kernel: lanes run over keys in q.K and
 // over head_dim in p.V, and the walk over the reduction axis is sequential.
-inline int64_t kv_head_elems(int32_t block_size, int32_t head_dim) {
-  return int64_t(block_size) * head_dim;
+//
+// A quantised cache keeps the same panels with a byte an element, then float32 [block_size]: the
+// scale of each token. So 16 tokens of a head are 16 * C bytes of codes wherever they lie.
+inline int64_t kv_head_bytes(int32_t format, int32_t dtype, int32_t block_size, int32_t head_dim) {
+  int64_t elems = int64_t(block_size) * head_dim;
+  if (format != CACHE_PLAIN) return elems + block_size * int64_t(sizeof(float));
+  return elems * (dtype ? 2 : 4);
+}
+
+// Byte at which a block's keys (or values) of one head begin.
+template <class A>
+int64_t kv_head_offset(const A& a, int64_t block, int32_t head, bool values) {
+  int64_t per_head = kv_head_bytes(a.cache_format, a.dtype, a.block_size, a.head_dim);
+  return ((block * 2 + values) * a.num_kv_heads + head) * per_head;
 }
 
 // A kernel is a number of units and a function that does one of them. Units are independent and

@@ -6,8 +6,10 @@
 // output never depends on chunking, on the batch or on which rows share a tile.
 // Rows of one tile = query tokens x query heads that share a key/value head: both products run
 // the micro-kernel of `linear` with keys (then values) as its B operand.
+// A quantised tile is decoded into scratch first, keys and then values over them; the scale of a
+// key multiplies its scores and that of a value its probabilities, before they are rounded.
 #include "kernels.h"
-#include "microkernel.h"
+#include "kvcodes.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -34,6 +36,8 @@ struct State {  // scratch of one item
   float* s;     // [rows, TILE]
   float* o;     // [rows, Cp]
   float *m, *l; // [rows]
+  float *k_scales, *v_scales;  // [TILE] of a quantised tile
+  T* decoded;   // [TILE, C] and a vector that may be read beyond
 };
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -46,7 +50,10 @@ State<T> carve(char* scratch, int head_dim) {
   st.o = st.s + MAX_ROWS * TILE;
   st.m = st.o + MAX_ROWS * padded;
   st.l = st.m + MAX_ROWS;
-  st.q = reinterpret_cast<T*>(st.l + MAX_ROWS);
+  st.k_scales = st.l + MAX_ROWS;
+  st.v_scales = st.k_scales + TILE;
+  st.decoded = reinterpret_cast<T*>(st.v_scales + TILE);
+  st.q = st.decoded + TILE * padded;
   st.p = st.q + MAX_ROWS * padded;
   return st;
 }
@@ -65,28 +72,69 @@ struct Work {
     int first = a.window > 0 ? first_position - a.window + 1 : 0;
     return first < 0 ? 0 : first / TILE * TILE;
   }
-  const T* block(int key, bool values) const {
-    int64_t per_head = kv_head_elems(a.block_size, a.head_dim), part = a.num_kv_heads * per_head;
+  const char* block(int key, bool values) const {
     int index = key / a.block_size;
     int64_t id = index < a.table_width ? a.block_tables[int64_t(it.seq) * a.table_width + index] : 0;
-    return static_cast<const T*>(a.cache) + (id * 2 + values) * part + it.kv_head * per_head;
+    return static_cast<const char*>(a.cache) + kv_head_offset(a, id, it.kv_head, values);
   }
 };
 
 // Where the keys and values of one tile are, 16 keys a piece: found once, used by all rows.
-template <class T>
+// E = T, or uint8_t for codes; their scales lie behind the codes of the whole block.
+template <class E>
 struct Tile {
   int first, count;  // keys
-  const T *k[TILE / 16], *v[TILE / 16];
+  const E *k[TILE / 16], *v[TILE / 16];
+  const float *k_scales[TILE / 16], *v_scales[TILE / 16];
+  template <class T>
   Tile(const Work<T>& w, int key, int end)
       : first(key), count(end - key < TILE ? end - key : TILE) {
     for (int i = 0; i < TILE / 16; ++i) {
       int at = key + 16 * i, offset = at % w.a.block_size;
-      k[i] = w.block(at, false) + int64_t(offset) * w.a.head_dim;
-      v[i] = w.block(at, true) + int64_t(offset) * w.a.head_dim;
+      const E* keys = reinterpret_cast<const E*>(w.block(at, false));
+      const E* values = reinterpret_cast<const E*>(w.block(at, true));
+      k[i] = keys + int64_t(offset) * w.a.head_dim;
+      v[i] = values + int64_t(offset) * w.a.head_dim;
+      if constexpr (sizeof(E) == 1) {
+        int64_t elems = int64_t(w.a.block_size) * w.a.head_dim;
+        k_scales[i] = reinterpret_cast<const float*>(keys + elems) + offset;
+        v_scales[i] = reinterpret_cast<const float*>(values + elems) + offset;
+      }
     }
   }
+  // The tile once more, with keys and values (by turns) in scratch.
+  template <class T>
+  Tile(const Work<T>& w, const Tile<uint8_t>& codes) : first(codes.first), count(codes.count) {
+    for (int i = 0; i < TILE / 16; ++i) k[i] = v[i] = w.st.decoded + i * 16 * w.a.head_dim;
+  }
 };
+
+struct Nothing {};  // stands for the next tile where none is asked for
+
+// Scales of the tile into scratch. Those beyond its keys become 0: memory that an earlier owner
+// left may read as NaN, and a masked probability of 0 would not stay 0.
+template <class T>
+void gather_scales(const Work<T>& w, const Tile<uint8_t>& tile, const Tile<uint8_t>& next) {
+  for (int i = 0; i < TILE / 16; ++i) {
+    int n = tile.count - 16 * i < 0 ? 0 : tile.count - 16 * i < 16 ? tile.count - 16 * i : 16;
+    std::memset(w.st.k_scales + 16 * i, 0, 64);
+    std::memset(w.st.v_scales + 16 * i, 0, 64);
+    if (n == 0) continue;
+    std::memcpy(w.st.k_scales + 16 * i, tile.k_scales[i], n * sizeof(float));
+    std::memcpy(w.st.v_scales + 16 * i, tile.v_scales[i], n * sizeof(float));
+    __builtin_prefetch(next.k_scales[i], 0, 2);
+    __builtin_prefetch(next.v_scales[i], 0, 2);
+  }
+}
+
+// The pieces that hold keys of the tile, decoded; `ahead` holds those of the next tile.
+template <class T, CacheFormat F>
+void decode_tile(const Work<T>& w, const uint8_t* const (&codes)[TILE / 16],
+                 const uint8_t* const (&ahead)[TILE / 16], int count) {
+  int run = 16 * w.a.head_dim;
+  for (int i = 0; i * 16 < count; ++i)
+    decode_run<T, F>(codes[i], ahead[i], run, w.st.decoded + i * run);
+}
 
 template <class T>
 void gather_queries(const Work<T>& w) {
@@ -105,12 +153,12 @@ void gather_queries(const Work<T>& w) {
 // Few rows are bound by memory: while a tile is read, the one that this thread reads next is asked
 // for (blocks lie apart, so the hardware's own prefetching stops every 2 KiB). 32 streams of 160
 // keys: 234 -> ATT_US us a layer.
-template <int M>
-constexpr int LINES = M <= 4 ? 4 : 0;
+template <int M, class Next>
+constexpr int LINES = M <= 4 && !std::is_same_v<Next, Nothing> ? 4 : 0;
 
 // s[row .. row + M] = q.k for NV vectors of keys from column `col` of the tile.
-template <class T, int M>
-void scores(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row, int col) {
+template <class T, int M, class Next>
+void scores(const Work<T>& w, const Tile<T>& tile, const Next& next, int row, int col) {
   constexpr int P = Elem<T>::P;
   const T* k[NV];
   repeat<NV>([&](auto j) INLINE {
@@ -118,9 +166,9 @@ void scores(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row,
   });
   vf acc[M][NV] = {};
   const T* q = w.st.q + int64_t(row) * w.a.head_dim;
-  if constexpr (LINES<M> > 0) {
-    Ahead<LINES<M>> ahead;
-    for (int i = 0; i < LINES<M>; ++i)
+  if constexpr (constexpr int N = LINES<M, Next>; N > 0) {
+    Ahead<N> ahead;
+    for (int i = 0; i < N; ++i)
       ahead.at[i] = reinterpret_cast<const char*>(next.k[col / 16 + i * NV * VW / 64]);
     multiply<M, NV>(acc, q, w.a.head_dim, k, 16 * P, w.a.head_dim / P, ahead);
   } else {
@@ -133,8 +181,8 @@ void scores(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row,
 }
 
 // o[row .. row + M] += p V over the keys of the tile, N vectors from column c.
-template <class T, int M, int N>
-void values(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row, int c) {
+template <class T, int M, int N, class Next>
+void values(const Work<T>& w, const Tile<T>& tile, const Next& next, int row, int c) {
   constexpr int P = Elem<T>::P;
   vf acc[M][N];
   float* o = w.st.o + int64_t(row) * w.ldo() + c;
@@ -148,9 +196,9 @@ void values(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row,
     repeat<N>([&](auto j) INLINE { v[j] = tile.v[at / 16] + int64_t(c + j * VW) * P; });
     const T* p = w.st.p + row * TILE + at;
     int steps = (n + P - 1) / P;
-    if constexpr (LINES<M> > 0) {
-      Ahead<LINES<M>> ahead;  // 16 / P steps of 64 bytes a stream
-      for (int i = 0; i < LINES<M>; ++i)
+    if constexpr (constexpr int L = LINES<M, Next>; L > 0) {
+      Ahead<L> ahead;  // 16 / P steps of 64 bytes a stream
+      for (int i = 0; i < L; ++i)
         ahead.at[i] = reinterpret_cast<const char*>(next.v[at / 16] + c * 16) + i * 1024 / P;
       multiply<M, N>(acc, p, TILE, v, int64_t(w.a.head_dim) * P, steps, ahead);
     } else {
@@ -162,8 +210,8 @@ void values(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row,
   });
 }
 
-template <class T, int M>
-void values_of_rows(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int row) {
+template <class T, int M, class Next>
+void values_of_rows(const Work<T>& w, const Tile<T>& tile, const Next& next, int row) {
   int c = 0;
   for (; c + NV * VW <= w.ldo(); c += NV * VW) values<T, M, NV>(w, tile, next, row, c);
   for (; c < w.ldo(); c += VW) values<T, M, 1>(w, tile, next, row, c);
@@ -184,11 +232,13 @@ void mask(const AttentionArgs& a, float* s, int key, int first, int last) {
 
 // Scores -> probabilities 2^(s * factor - m), and the online-softmax update of m, l and O.
 // m is kept in units of log2, so the scale and log2(e) cost one fused multiply-add.
-template <class T>
+template <class T, bool SCALED>
 void soften(const Work<T>& w, int row, int key) {
   const AttentionArgs& a = w.a;
   int last = w.position(row), first = a.window > 0 ? last - a.window + 1 : 0;
   float* s = w.st.s + row * TILE;
+  if constexpr (SCALED)
+    for (int j = 0; j < TILE; j += VW) store(s + j, load(s + j) * load(w.st.k_scales + j));
   bool inside = key >= first && key + TILE - 1 <= last;
   if (!inside || a.softcap > 0.f) mask(a, s, key, first, last);
   float factor = a.softcap > 0.f ? LOG2E : a.scale * LOG2E;
@@ -205,6 +255,7 @@ void soften(const Work<T>& w, int row, int key) {
   for (int j = 0; j < TILE; j += VW) {
     vf e = vexp2<Elem<T>::P == 2>(load(s + j) * splat(factor) - splat(m));
     total += e;
+    if constexpr (SCALED) e *= load(w.st.v_scales + j);
     store(p + j, e);
   }
   float alpha = m == old ? 1.f : sexp2(old - m);
@@ -215,8 +266,8 @@ void soften(const Work<T>& w, int row, int key) {
   for (int c = 0; c < w.ldo(); c += VW) store(o + c, load(o + c) * splat(alpha));
 }
 
-template <class T, int M>
-void rows_of(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int m, int row,
+template <class T, int M, class Next>
+void rows_of(const Work<T>& w, const Tile<T>& tile, const Next& next, int m, int row,
              bool first_pass) {
   if (m == M) {
     if (!first_pass) return values_of_rows<T, M>(w, tile, next, row);
@@ -226,14 +277,28 @@ void rows_of(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next, int m, 
   if constexpr (M > 1) rows_of<T, M - 1>(w, tile, next, m, row, first_pass);
 }
 
-template <class T>
-void one_tile(const Work<T>& w, const Tile<T>& tile, const Tile<T>& next) {
+template <class T, class Next>
+void all_rows(const Work<T>& w, const Tile<T>& tile, const Next& next, bool first_pass) {
   int rows = w.it.rows();
   for (int r = 0; r < rows; r += MR)
-    rows_of<T, MR>(w, tile, next, rows - r < MR ? rows - r : MR, r, true);
-  for (int r = 0; r < rows; ++r) soften(w, r, tile.first);
-  for (int r = 0; r < rows; r += MR)
-    rows_of<T, MR>(w, tile, next, rows - r < MR ? rows - r : MR, r, false);
+    rows_of<T, MR>(w, tile, next, rows - r < MR ? rows - r : MR, r, first_pass);
+}
+
+template <class T, CacheFormat F, class E>
+void one_tile(const Work<T>& w, const Tile<E>& tile, const Tile<E>& next) {
+  if constexpr (F == CACHE_PLAIN) {
+    all_rows(w, tile, next, true);
+    for (int r = 0; r < w.it.rows(); ++r) soften<T, false>(w, r, tile.first);
+    all_rows(w, tile, next, false);
+  } else {
+    Tile<T> plain(w, tile);
+    gather_scales(w, tile, next);
+    decode_tile<T, F>(w, tile.k, next.k, tile.count);
+    all_rows(w, plain, Nothing{}, true);
+    for (int r = 0; r < w.it.rows(); ++r) soften<T, true>(w, r, tile.first);
+    decode_tile<T, F>(w, tile.v, next.v, tile.count);
+    all_rows(w, plain, Nothing{}, false);
+  }
 }
 
 template <class T>
@@ -259,22 +324,30 @@ Work<T> work_of(const AttentionArgs& a, const Item& it, const Worker& worker) {
 }
 
 // `next` is the item that this thread most likely takes after this one; it may be the same.
-template <class T>
+template <class T, CacheFormat F>
 void run_item(const AttentionArgs& a, const Item& it, const Item& next, const Worker& worker) {
+  using E = std::conditional_t<F == CACHE_PLAIN, T, uint8_t>;
   Work<T> w = work_of<T>(a, it, worker);
   gather_queries(w);
   int end = w.end();
-  Tile<T> tile(w, w.begin(), end), after = tile;
+  Tile<E> tile(w, w.begin(), end), after = tile;
   for (int key = w.begin(); key < end; key += TILE, tile = after) {
     if (key + TILE < end) {
-      after = Tile<T>(w, key + TILE, end);
+      after = Tile<E>(w, key + TILE, end);
     } else {
       Work<T> other = work_of<T>(a, next, worker);
-      after = Tile<T>(other, other.begin(), other.end());
+      after = Tile<E>(other, other.begin(), other.end());
     }
-    one_tile(w, tile, after);
+    one_tile<T, F>(w, tile, after);
   }
   write_out(w);
+}
+
+template <class T>
+void run_format(const AttentionArgs& a, const Item& it, const Item& next, const Worker& worker) {
+  if (a.cache_format == CACHE_INT8) return run_item<T, CACHE_INT8>(a, it, next, worker);
+  if (a.cache_format == CACHE_E4M3) return run_item<T, CACHE_E4M3>(a, it, next, worker);
+  run_item<T, CACHE_PLAIN>(a, it, next, worker);
 }
 
 // How a step is cut into items: (sequence, query tile, key/value head), long tiles first.
@@ -318,7 +391,7 @@ Kernel<AttentionArgs> attention_kernel() {
             Cut cut(a);
             Item it = cut.item(step, unit);
             Item next = unit + 1 < cut.units(step) ? cut.item(step, unit + 1) : it;
-            a.dtype ? run_item<bf16>(a, it, next, w) : run_item<float>(a, it, next, w);
+            a.dtype ? run_format<bf16>(a, it, next, w) : run_format<float>(a, it, next, w);
           }};
 }
 

@@ -147,25 +147,27 @@ void bind_attention_ops(nb::class_<Kernels>& k) {
   k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
                    Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache, Addr slots,
                    int dtype, int heads, int kv_heads, int head_dim, int rotary_dim,
-                   int unit_offset, int block_size, float eps) {
+                   int unit_offset, int block_size, int format, float eps) {
     self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<float>(table),
                                ptr<void>(q_norm), ptr<void>(k_norm), ptr<void>(out),
                                ptr<void>(cache), ptr<int64_t>(slots), dtype, heads, kv_heads,
-                               head_dim, rotary_dim, unit_offset, block_size, eps}, t, r, s);
+                               head_dim, rotary_dim, unit_offset, block_size, format, eps}, t, r, s);
   }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "table"_a, "q_norm"_a, "k_norm"_a, "out"_a,
      "cache"_a, "slots"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-     "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "eps"_a);
+     "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "cache_format"_a,
+     "eps"_a);
   k.def("attention", [](Kernels& self, Tape* tape, int t, int r, int s, Addr q, Addr cache,
                         Addr tables, Addr starts, Addr lens, Addr out, int dtype, int heads,
                         int kv_heads, int head_dim, int block_size, int width, int q_stride,
-                        int window, float scale, float softcap) {
+                        int window, int format, float scale, float softcap) {
     self.submit(tape, AttentionArgs{ptr<void>(q), ptr<void>(cache), ptr<int32_t>(tables),
                                     ptr<int32_t>(starts), ptr<int32_t>(lens), ptr<void>(out),
                                     dtype, heads, kv_heads, head_dim, block_size, width,
-                                    q_stride, window, scale, softcap}, t, r, s);
+                                    q_stride, window, format, scale, softcap}, t, r, s);
   }, "tape"_a.none(), ROWS, "q"_a, "cache"_a, "block_tables"_a, "query_starts"_a,
      "context_lens"_a, "out"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-     "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "scale"_a, "softcap"_a);
+     "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "cache_format"_a,
+     "scale"_a, "softcap"_a);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Head norms, rotary embedding and the write of new keys and values into the paged cache.
 #include "kernels.h"
-#include "microkernel.h"
+#include "kvcodes.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -49,9 +49,8 @@ void put(const float* x, int n, T* out, int64_t step = 1) {
 // Where block `slot / block_size` keeps head `head` of its keys; values follow all the keys.
 template <class T>
 T* head_base(const RopeArgs& a, int64_t slot, int head, bool values) {
-  int64_t per_head = kv_head_elems(a.block_size, a.head_dim), part = a.num_kv_heads * per_head;
-  int64_t block = slot / a.block_size;
-  return static_cast<T*>(a.cache) + (block * 2 + values) * part + head * per_head;
+  char* base = static_cast<char*>(a.cache);
+  return reinterpret_cast<T*>(base + kv_head_offset(a, slot / a.block_size, head, values));
 }
 
 template <class T>
@@ -77,6 +76,38 @@ void store_value(const RopeArgs& a, int64_t slot, int head, const T* v, bool par
   }
 }
 
+// The codes and the scale of one head, in the panels of T (see args.h).
+template <class T, CacheFormat F>
+void store_codes(const RopeArgs& a, int64_t slot, int head, const float* x, bool values) {
+  constexpr int P = Elem<T>::P;
+  uint8_t codes[MAX_HEAD_DIM];
+  int offset = slot % a.block_size;
+  uint8_t* base = head_base<uint8_t>(a, slot, head, values);
+  float scale = quantise<F>(x, a.head_dim, codes);
+  int64_t elems = int64_t(a.block_size) * a.head_dim;
+  std::memcpy(base + elems + offset * sizeof(float), &scale, sizeof(float));
+  if (values) {
+    uint8_t* at = base + int64_t(offset / P) * P * a.head_dim + offset % P;
+    for (int c = 0; c < a.head_dim; ++c) at[c * P] = codes[c];
+  } else {
+    uint8_t* at = base + int64_t(offset / 16) * 16 * a.head_dim + offset % 16 * P;
+    for (int c = 0; c < a.head_dim; ++c) at[c / P * 16 * P + c % P] = codes[c];
+  }
+}
+
+// Both of one head, quantised from what a plain cache would hold: the key rounded to T.
+template <class T, CacheFormat F>
+void store_quantised(const RopeArgs& a, int64_t slot, int head, float* key, const T* value) {
+  for (int c = 0; c < a.head_dim; ++c) {
+    T rounded;
+    store_one(&rounded, key[c]);
+    key[c] = to_float(rounded);
+  }
+  store_codes<T, F>(a, slot, head, key, false);
+  load_head(value, a.head_dim, key);
+  store_codes<T, F>(a, slot, head, key, true);
+}
+
 template <class T>
 void rope_token(const RopeArgs& a, int t, int num_tokens) {
   float x[MAX_HEAD_DIM];
@@ -91,7 +122,11 @@ void rope_token(const RopeArgs& a, int t, int num_tokens) {
   for (int g = 0; g < G; ++g) {
     const T *key = row + (H + g) * C, *value = row + (H + G + g) * C;
     prepare_head(a, key, a.k_norm, position, x);
-    if (a.cache) {
+    if (a.cache && a.cache_format == CACHE_INT8) {
+      store_quantised<T, CACHE_INT8>(a, a.slots[t], g, x, value);
+    } else if (a.cache && a.cache_format == CACHE_E4M3) {
+      store_quantised<T, CACHE_E4M3>(a, a.slots[t], g, x, value);
+    } else if (a.cache) {
       store_key<T>(a, a.slots[t], g, x);
       store_value<T>(a, a.slots[t], g, value, partner_follows);
     } else {
