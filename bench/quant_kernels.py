@@ -7,7 +7,7 @@ Each call reads another copy of its weight, 140 MB in all, so weights come from 
 in a decode step; the calls are recorded on a tape and replayed, as in the engine. A result is
 checked against the reference before any clock starts. Medians of 21 repeats; bf16 is timed beside
 each shape, because the bandwidth of a shared machine drifts (here between 43 and 85 GB/s). The
-share is of max(bytes / measured bandwidth, products / measured peak); int8 dots have twice the peak.
+share is of max(bytes / measured bandwidth, products / measured peak); int8 has twice the peak.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kernels import arithmetic_limit, read_limit
 from torch import Tensor
 
+from kernels import arithmetic_limit, read_limit
 from sterna.core.machine import fingerprint, num_usable_cpus
 from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls, quant_reference
 from sterna.kernels.cpu_backend import CpuBackend

@@ -41,8 +41,8 @@ def weight(name, k, n, is_gated=False, seed=0) -> QuantWeight:
     codes = torch.randint(0, 1 << fmt.bits, (halves, n, k), generator=g, dtype=torch.uint8)
     tiles = torch.cat([pack_tiles(half, fmt.bits) for half in codes])
     scales = (torch.rand(halves * blocks, groups, TILE_ROWS, generator=g) + 0.5) / 64
-    kinds = {"float32": scales, "float16": scales.half(),
-             "e8m0": torch.randint(118, 124, scales.shape, generator=g).to(torch.uint8)}  # fmt: skip
+    powers = torch.randint(118, 124, scales.shape, generator=g, dtype=torch.uint8)
+    kinds = {"float32": scales, "float16": scales.half(), "e8m0": powers}
     formats = torch.randint(0, 2, (halves * blocks, TILE_ROWS), generator=g, dtype=torch.uint8)
     return QuantWeight(tiles, kinds[fmt.scale].contiguous(), fmt.table(),
                        formats if fmt.is_mixed else None, fmt.bits, fmt.group_size, k, n,

@@ -194,8 +194,8 @@ def _is_served(dtype: torch.dtype, in_features: int) -> bool:
 
 
 def _is_tiled(weight: tuple[Any, ...]) -> bool:
-    """Whether the kernels read this flat weight: contiguous, a float32 table, a known shape."""
-    tiles, scales, table, row_formats, bits, group_size = weight[:6]
+    """Whether the kernels read this flat weight: rows that choose their format have 6 bits."""
+    _, scales, table, row_formats, bits, group_size = weight[:6]
     return (
         bits in WIDTHS
         and group_size in (0, 32, 64, 128)

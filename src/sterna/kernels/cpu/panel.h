@@ -10,14 +10,14 @@ constexpr int PAIR = 2 * PANEL;  // elements of a step: 32 outputs x 2 k
 // One tile of one block into `dst`, steps PAIR apart: [step][32 outputs][2] for bfloat16,
 // [step][2][32 outputs] for float32. dst points at the block's first output.
 template <class T, int BITS, bool MIXED, class L>
-INLINE void decode_tile(const uint8_t* tile, const L& lookup, bool halves, T* dst) {
+static inline INLINE void decode_tile(const uint8_t* tile, const L& lookup, bool halves, T* dst) {
   for (int q = 0; q < 4; ++q) {
     words c[4];
     Codes<BITS>::load(tile + q * Codes<BITS>::Q_BYTES, c);
-    UNROLL for (int i = 0; i < 8; ++i) {
+    repeat<8>([&](auto i) INLINE {
       T* out = dst + step_of(halves, q, i) * PAIR;
       lookup.put(out, c, i);
-    }
+    });
   }
 }
 
@@ -28,7 +28,7 @@ struct PanelLookup {
   PanelLookup(const Values<bf16>& values, uint32_t second) : lookup(values) {
     lookup.second = __mmask16(second);
   }
-  ALWAYS void put(T* out, const words (&c)[4], int i) const {
+  inline INLINE void put(T* out, const words (&c)[4], int i) const {
     __m512i pair = lookup.pair(c, i);
     if constexpr (sizeof(T) == 2) return _mm512_storeu_si512(out, pair);
     _mm512_storeu_si512(out, _mm512_slli_epi32(pair, 16));
@@ -42,7 +42,7 @@ struct PanelLookup {
   PanelLookup(const Values<T>& values, uint32_t second) {
     for (int r = 0; r < BLOCK; ++r) of[r] = values.of[MIXED ? second >> r & 1 : 0];
   }
-  ALWAYS void put(T* out, const words (&c)[4], int i) const {
+  inline INLINE void put(T* out, const words (&c)[4], int i) const {
     for (int r = 0; r < BLOCK; ++r) {
       uint32_t word = i % 2 ? c[i / 2][r] : c[i / 2][r] >> 8;
       T lo = of[r][word & 255], hi = of[r][word >> 16 & 255];

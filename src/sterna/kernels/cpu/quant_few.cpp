@@ -30,11 +30,9 @@ struct Few {
   Values<bf16> values;
 };
 
-// A pair of x in every lane. In assembly: the compiler would otherwise load it once for all blocks,
-// hold every row's pairs in registers and push the sums out to memory (8 rows: 250 GFLOP/s a core
-// instead of 440).
+// A pair of x in every lane.
 typedef int32_t __attribute__((may_alias)) pair_bits;
-INLINE __m512bh broadcast(const bf16* x) {
+static inline INLINE __m512bh broadcast(const bf16* x) {
   __m512i v;
   asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const pair_bits*>(x)));
   return (__m512bh)v;
@@ -43,32 +41,34 @@ INLINE __m512bh broadcast(const bf16* x) {
 // sum[HALVES][MR][NB] += one tile. `ahead`: from a tile to the bytes wanted next. Blocks go two by
 // two, so that a broadcast feeds two dots: with one each, loads would be the limit.
 template <int BITS, bool MIXED, bool HALVES, int MR, int NB>
-INLINE void few_tile(__m512 (&sum)[HALVES ? 2 : 1][MR][NB], const uint8_t* const (&tile)[NB],
-                     const Lookup<BITS, MIXED>& lookup, const __mmask16 (&second)[NB],
-                     const bf16* x, int64_t lda, int64_t ahead) {
+static inline INLINE void few_tile(__m512 (&sum)[HALVES ? 2 : 1][MR][NB],
+                                   const uint8_t* const (&tile)[NB],
+                                   const Lookup<BITS, MIXED>& lookup,
+                                   const __mmask16 (&second)[NB], const bf16* x, int64_t lda,
+                                   int64_t ahead) {
   Lookup<BITS, MIXED> look = lookup;
   for (int q = 0; q < 4; ++q) {
-    UNROLL for (int b = 0; b < NB; b += 2) {
+    repeat<NB / 2>([&](auto half) INLINE {
+      constexpr int b = 2 * decltype(half)::value;
       words c[2][4];
-      UNROLL for (int i = 0; i < 2; ++i) {
+      repeat<2>([&](auto i) INLINE {
         const uint8_t* p = tile[b + i] + q * Codes<BITS>::Q_BYTES;
-        UNROLL for (int at = 0; at < Codes<BITS>::Q_BYTES; at += 64)
-          __builtin_prefetch(p + ahead + at);
+        for (int at = 0; at < Codes<BITS>::Q_BYTES; at += 64) __builtin_prefetch(p + ahead + at);
         Codes<BITS>::load(p, c[i]);
-      }
-      UNROLL for (int i = 0; i < 8; ++i) {
+      });
+      repeat<8>([&](auto i) INLINE {
         if (MIXED) look.second = second[b];
         __m512bh w0 = (__m512bh)look.pair(c[0], i);
         if (MIXED) look.second = second[b + 1];
         __m512bh w1 = (__m512bh)look.pair(c[1], i);
-        UNROLL for (int r = 0; r < MR; ++r) {
+        repeat<MR>([&](auto r) INLINE {
           __m512* s = sum[HALVES ? i / 4 : 0][r] + b;
           __m512bh pair = broadcast(x + r * lda + 2 * q + 8 * i);
           s[0] = _mm512_dpbf16_ps(s[0], w0, pair);
           s[1] = _mm512_dpbf16_ps(s[1], w1, pair);
-        }
-      }
-    }
+        });
+      });
+    });
   }
 }
 
@@ -101,13 +101,13 @@ void few_sums(const Few& f, int row, vf (&total)[MR][NB]) {
     for (int h = 0; h < (HALVES ? 2 : 1); ++h) {
       int group = HALVES ? 2 * first + h : first / size;
       if (group >= groups) break;
-      UNROLL for (int b = 0; b < NB; ++b) {
+      repeat<NB>([&](auto b) INLINE {
         vf scale = (vf)scales_of(w, f.block[b], group);
-        UNROLL for (int r = 0; r < MR; ++r) {
+        repeat<MR>([&](auto r) INLINE {
           vf part = (vf)sum[h][r][b];
           total[r][b] = w.group ? multiply_add(part, scale, total[r][b]) : part * scale;
-        }
-      }
+        });
+      });
     }
   }
 }

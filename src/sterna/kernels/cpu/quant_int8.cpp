@@ -31,7 +31,7 @@ struct Rows {
 };
 
 // Word (q, j) of a decoded tile; the words of a scale group of 32 are kept together.
-INLINE int word_at(bool halves, int q, int j) {
+static inline INLINE int word_at(bool halves, int q, int j) {
   return halves ? j / 2 * 8 + q * 2 + j % 2 : q * 4 + j;
 }
 
@@ -67,7 +67,7 @@ struct ByteLookup {
   explicit ByteLookup(const uint8_t* table) {
     for (int i = 0; i < N; ++i) t[i] = _mm512_load_si512(table + 64 * i);
   }
-  ALWAYS __m512i operator()(words codes) const {
+  inline INLINE __m512i operator()(words codes) const {
     __m512i code = (__m512i)codes;
     if constexpr (BITS < 8) return _mm512_permutexvar_epi8(code, t[0]);
     else
@@ -97,11 +97,11 @@ void decode_plane(const QuantWeight& w, const Int8Values& values, int plane, int
       for (int at = 0; at < Codes<BITS>::Q_BYTES; at += 64) __builtin_prefetch(p + AHEAD + at);
       words c[4];
       Codes<BITS>::load(p, c);
-      UNROLL for (int j = 0; j < 4; ++j) {
+      repeat<4>([&](auto j) INLINE {
         __m512i v = first(c[j]);
         if constexpr (MIXED) v = _mm512_mask_blend_epi32(second, v, other(c[j]));
         _mm512_storeu_si512(out + word_at(halves, q, j) * word_bytes, v);
-      }
+      });
     }
 }
 
@@ -115,52 +115,53 @@ void decode(const QuantWeight& w, const Int8Values& values, int block, int half,
   }
 }
 
-// In assembly: of the intrinsic, GCC 12 copies sums between registers and the stack at every turn
-// of a loop with 24 of them (512 rows of 576 x 960: 404 us, like this 378).
-INLINE void dot(__m512i& sum, __m512i w, __m512i x) {
+// In assembly: GCC 12 does not tie the intrinsic's sum to its result and copies 24 of them between
+// registers and the stack at every turn (512 rows of 576 x 960: 453 us, like this 366).
+static inline INLINE void dot(__m512i& sum, __m512i w, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 }
 
 // Integer sums of words [0, 4 * NW) of a panel: NW words a q.
 template <int MR, int PLANES, int NW>
-INLINE void dots(__m512i (&acc)[MR][2 * PLANES], const int8_t* x, int64_t stride,
-                 const uint8_t* panel) {
+static inline INLINE void dots(__m512i (&acc)[MR][2 * PLANES], const int8_t* x, int64_t stride,
+                               const uint8_t* panel) {
   for (int q = 0; q < 4; ++q) {
-    UNROLL for (int j = 0; j < NW; ++j) {
+    repeat<NW>([&](auto j) INLINE {
       const uint8_t* w = panel + int64_t(q * NW + j) * Panel::WORD * PLANES;
       __m512i v[2 * PLANES];
-      UNROLL for (int i = 0; i < 2 * PLANES; ++i) v[i] = _mm512_loadu_si512(w + 64 * i);
-      UNROLL for (int r = 0; r < MR; ++r) {
+      repeat<2 * PLANES>([&](auto i) INLINE { v[i] = _mm512_loadu_si512(w + 64 * i); });
+      repeat<MR>([&](auto r) INLINE {
         __m512i word = _mm512_set1_epi32(load_as<int32_t>(x + r * stride + (q * 4 + j) * 4));
-        UNROLL for (int i = 0; i < 2 * PLANES; ++i) dot(acc[r][i], v[i], word);
-      }
-    }
+        repeat<2 * PLANES>([&](auto i) INLINE { dot(acc[r][i], v[i], word); });
+      });
+    });
   }
 }
 
 // sum[MR][2 blocks] of half tiles [first, stop) of the chunk that begins at `tile`; with groups of
 // 32 that is one half, else whole tiles.
 template <int MR, int PLANES>
-INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile, int first, int stop,
-                         Panel& panel) {
+static inline INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile,
+                                       int first, int stop, Panel& panel) {
   __m512i acc[MR][2 * PLANES];
-  UNROLL for (int r = 0; r < MR; ++r) {
-    int32_t codes = x.sum_before(row + r, 2 * tile + stop) - x.sum_before(row + r, 2 * tile + first);
-    UNROLL for (int i = 0; i < 2 * PLANES; ++i)
+  repeat<MR>([&](auto r) INLINE {
+    int32_t before = x.sum_before(row + r, 2 * tile + first);
+    int32_t codes = x.sum_before(row + r, 2 * tile + stop) - before;
+    repeat<2 * PLANES>([&](auto i) INLINE {
       acc[r][i] = _mm512_set1_epi32(i < 2 ? -128 * codes : 0);
-  }
+    });
+  });
   if (stop - first == 1)
     dots<MR, PLANES, 2>(acc, x.codes(row, tile + first / 2) + first % 2 * 8, x.row_bytes,
                         panel.at(PLANES, first * 8));
   else
     for (int t = first / 2; t < stop / 2; ++t)
       dots<MR, PLANES, 4>(acc, x.codes(row, tile + t), x.row_bytes, panel.at(PLANES, t * 16));
-  UNROLL for (int r = 0; r < MR; ++r)
-    UNROLL for (int b = 0; b < 2; ++b) {
+  repeat<MR>([&](auto r) INLINE { repeat<2>([&](auto b) INLINE {
       __m512i v = acc[r][b];
       if (PLANES == 2) v = _mm512_add_epi32(_mm512_slli_epi32(v, 4), acc[r][2 * PLANES - 2 + b]);
       sum[r][b] = (ints)v;
-    }
+    }); });
 }
 #else
 constexpr int MAX_MR = 4, MAX_PLANES = 1;
@@ -198,8 +199,8 @@ void decode(const QuantWeight& w, const Int8Values& values, int block, int half,
 }
 
 template <int MR, int PLANES>
-INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile, int first, int stop,
-                         Panel& panel) {
+static inline INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile,
+                                       int first, int stop, Panel& panel) {
   const int size = stop - first == 1 ? 2 : 4;  // words a q
   for (int r = 0; r < MR; ++r) {
     int32_t acc[PANEL] = {};
@@ -234,7 +235,7 @@ struct Span {
 };
 
 // What a block's 16 integer sums come to: lanes of VW floats at a time.
-INLINE void add_group(float* total, const ints& sum, const float* scale) {
+static inline INLINE void add_group(float* total, const ints& sum, const float* scale) {
 #if defined(__AVX512F__)
   vf v = __builtin_convertvector((vi)sum, vf);
   return store(total, multiply_add(v, load(scale), load(total)));
@@ -299,7 +300,7 @@ void multiply_rows(const Unit& u, const Span& span, int planes) {
       if (planes == 2) rows_of_height<2, MAX_MR / 2>(u, span, row, height);
     if (planes == 1) rows_of_height<1, MAX_MR>(u, span, row, height);
     if (span.is_last)
-      u.a.dtype ? finish_rows<bf16>(u, row, row + height) : finish_rows<float>(u, row, row + height);
+      (u.a.dtype ? finish_rows<bf16> : finish_rows<float>)(u, row, row + height);
     row += height;
   }
 }

@@ -54,28 +54,29 @@ struct Run {
 
   // Half-tiles (NI = 4) or tiles (NI = 8) [first, stop) of the chunk; x is at the first.
   template <int NI>
-  ALWAYS void sum(vf (&acc)[MR][NV], const T* x, int first, int stop) const {
+  inline INLINE void sum(vf (&acc)[MR][NV], const T* x, int first, int stop) const {
     for (int i = first; i < stop; ++i, x += 8 * NI) {
       const T* b[NV];
-      UNROLL for (int j = 0; j < NV; ++j)
-        b[j] = u.s.panel + int64_t(i) * 4 * NI * PAIR + (col + j * VW) * P;
+      const T* panel = u.s.panel + int64_t(i) * 4 * NI * PAIR + col * P;
+      repeat<NV>([&](auto j) INLINE { b[j] = panel + j * VW * P; });
       multiply_tile<NI>(acc, x, lda, b, PAIR / 2 * P);
     }
   }
   template <int NI>
-  ALWAYS void grouped(vf (&total)[MR][NV], int first, int stop) const {
+  inline INLINE void grouped(vf (&total)[MR][NV], int first, int stop) const {
     int size = NI == 4 ? 1 : u.a.w.group / TILE_K;
     for (int i = first; i < stop; i += size) {
       vf part[MR][NV] = {};
       sum<NI>(part, x + int64_t(i - first) * 8 * NI, i, i + size < stop ? i + size : stop);
       const float* scale = u.s.scales[i / size] + col;
-      UNROLL for (int r = 0; r < MR; ++r) {
-        UNROLL for (int j = 0; j < NV; ++j)
+      repeat<MR>([&](auto r) INLINE {
+        repeat<NV>([&](auto j) INLINE {
           total[r][j] = multiply_add(part[r][j], load(scale + j * VW), total[r][j]);
-      }
+        });
+      });
     }
   }
-  ALWAYS void operator()(vf (&acc)[MR][NV], int first, int stop) const {
+  inline INLINE void operator()(vf (&acc)[MR][NV], int first, int stop) const {
     if (u.a.w.group == 0) return sum<8>(acc, x, first, stop);
     u.a.w.group == 32 ? grouped<4>(acc, 2 * first, 2 * stop) : grouped<8>(acc, first, stop);
   }
@@ -91,14 +92,14 @@ void rows_of(const Unit<T>& u, const Span& span, int row) {
     float* state = u.s.state[row - u.row] + col;
     if (span.first)
       for (int r = 0; r < MR; ++r)
-        UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = load(state + r * PANEL + j * VW);
+        repeat<NV>([&](auto j) INLINE { acc[r][j] = load(state + r * PANEL + j * VW); });
     Run<T, MR>{u, x, lda, col}(acc, 0, whole);
     if (span.tail) Run<T, MR>{u, u.s.tail[row - u.row], 2 * TILE_K, col}(acc, whole, span.count);
     if (span.is_last && !u.a.w.group)
       for (int r = 0; r < MR; ++r)
-        UNROLL for (int j = 0; j < NV; ++j) acc[r][j] *= load(u.s.scales[0] + col + j * VW);
+        repeat<NV>([&](auto j) INLINE { acc[r][j] *= load(u.s.scales[0] + col + j * VW); });
     for (int r = 0; r < MR; ++r)
-      UNROLL for (int j = 0; j < NV; ++j) store(state + r * PANEL + j * VW, acc[r][j]);
+      repeat<NV>([&](auto j) INLINE { store(state + r * PANEL + j * VW, acc[r][j]); });
   }
 }
 

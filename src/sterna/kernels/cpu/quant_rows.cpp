@@ -76,9 +76,10 @@ template <class T>
 void int8_tile(const T* x, float inverse, const Order& order, int8_t* out, int32_t (&sum)[2]) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
   __m512i v = {};
-  UNROLL for (int i = 0; i < 4; ++i)
-    v = _mm512_mask_broadcast_i32x4(v, __mmask16(15 << 4 * i),
-                                    _mm512_cvtepi32_epi8((__m512i)rounded(x + 16 * i, inverse)));
+  repeat<4>([&](auto i) INLINE {
+    __m128i part = _mm512_cvtepi32_epi8((__m512i)rounded(x + 16 * i, inverse));
+    v = _mm512_mask_broadcast_i32x4(v, __mmask16(15 << 4 * i), part);
+  });
   __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), v);
   sum[0] = _mm512_mask_reduce_add_epi32(0x00ff, fours);
   sum[1] = _mm512_mask_reduce_add_epi32(0xff00, fours);

@@ -9,7 +9,7 @@
 // Codes are left dirty above their width where that saves work: tables repeat to be read so.
 #pragma once
 #include "args.h"
-#include "simd.h"
+#include "microkernel.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -18,13 +18,11 @@ constexpr int TILE_K = 64;  // k a tile
 constexpr int BLOCK = 16;   // output rows a tile
 
 typedef uint32_t words __attribute__((vector_size(64)));  // one word a row
-#define ALWAYS inline __attribute__((always_inline))
-#define INLINE static ALWAYS
 
-INLINE words each_byte(uint32_t byte) { return (words){} + byte * 0x01010101u; }
+static inline INLINE words each_byte(uint32_t byte) { return (words){} + byte * 0x01010101u; }
 
 // Bits of a where the mask is 1, of b elsewhere; the mask repeats in every byte.
-INLINE words pick(uint32_t byte_mask, words a, words b) {
+static inline INLINE words pick(uint32_t byte_mask, words a, words b) {
 #if defined(__AVX512F__)
   __m512i mask = _mm512_set1_epi32(int(byte_mask * 0x01010101u));
   return (words)_mm512_ternarylogic_epi32(mask, (__m512i)a, (__m512i)b, 0xca);
@@ -40,7 +38,7 @@ struct Codes;
 template <>
 struct Codes<8> {
   static constexpr int Q_BYTES = 256;
-  INLINE void load(const uint8_t* p, words (&c)[4]) {
+  static inline INLINE void load(const uint8_t* p, words (&c)[4]) {
     for (int j = 0; j < 4; ++j) c[j] = load_as<words>(p + 64 * j);
   }
 };
@@ -48,7 +46,7 @@ struct Codes<8> {
 template <>
 struct Codes<6> {
   static constexpr int Q_BYTES = 192;
-  INLINE void load(const uint8_t* p, words (&c)[4]) {
+  static inline INLINE void load(const uint8_t* p, words (&c)[4]) {
     words a = load_as<words>(p), b = load_as<words>(p + 64), d = load_as<words>(p + 128);
     c[0] = pick(0x20, a >> 2, a);
     c[1] = pick(0x20, b >> 2, b);
@@ -60,7 +58,7 @@ struct Codes<6> {
 template <>
 struct Codes<5> {
   static constexpr int Q_BYTES = 160;
-  INLINE words with_bit4(words low, const uint8_t* bits) {
+  static inline INLINE words with_bit4(words low, const uint8_t* bits) {
 #if defined(__AVX512BW__)
     __m512i c = _mm512_and_si512((__m512i)low, _mm512_set1_epi8(0x0f));
     __m512i high = _mm512_or_si512(c, _mm512_set1_epi8(0x10));
@@ -73,7 +71,7 @@ struct Codes<5> {
     return (low & each_byte(0x0f)) | high;
 #endif
   }
-  INLINE void load(const uint8_t* p, words (&c)[4]) {
+  static inline INLINE void load(const uint8_t* p, words (&c)[4]) {
     words a = load_as<words>(p), b = load_as<words>(p + 64);
     c[0] = with_bit4(a, p + 128);
     c[1] = with_bit4(b, p + 136);
@@ -85,7 +83,7 @@ struct Codes<5> {
 template <>
 struct Codes<4> {
   static constexpr int Q_BYTES = 128;
-  INLINE void load(const uint8_t* p, words (&c)[4]) {
+  static inline INLINE void load(const uint8_t* p, words (&c)[4]) {
     words a = load_as<words>(p), b = load_as<words>(p + 64);
     c[0] = a;
     c[1] = b;
@@ -116,17 +114,19 @@ struct Values {
 };
 
 // Which rows of a block use the second table, a bit a row.
-INLINE uint32_t second_table_rows(const QuantWeight& w, int block) {
+static inline INLINE uint32_t second_table_rows(const QuantWeight& w, int block) {
   uint32_t mask = 0;
   for (int r = 0; r < BLOCK; ++r) mask |= uint32_t(w.row_formats[block * BLOCK + r] & 1) << r;
   return mask;
 }
 
-INLINE int num_tiles(const QuantWeight& w) { return (w.in_features + TILE_K - 1) / TILE_K; }
-INLINE int num_groups(const QuantWeight& w) {
+static inline int num_tiles(const QuantWeight& w) {
+  return (w.in_features + TILE_K - 1) / TILE_K;
+}
+static inline INLINE int num_groups(const QuantWeight& w) {
   return w.group ? (w.in_features + w.group - 1) / w.group : 1;
 }
-INLINE const uint8_t* tile_at(const QuantWeight& w, int block, int tile) {
+static inline INLINE const uint8_t* tile_at(const QuantWeight& w, int block, int tile) {
   return w.tiles + (int64_t(block) * num_tiles(w) + tile) * (128 * w.bits);
 }
 
@@ -135,7 +135,7 @@ typedef uint16_t shorts __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
 
 // The scales of the 16 rows of a block for one group.
-INLINE floats scales_of(const QuantWeight& w, int block, int group) {
+static inline INLINE floats scales_of(const QuantWeight& w, int block, int group) {
   int64_t at = (int64_t(block) * num_groups(w) + group) * BLOCK;
   if (w.scale_kind == SCALE_F32) return load_as<floats>(static_cast<const float*>(w.scales) + at);
   if (w.scale_kind == SCALE_E8M0) {  // 2^(e - 127); 2^-127 is a subnormal float32
@@ -151,7 +151,7 @@ INLINE floats scales_of(const QuantWeight& w, int block, int group) {
 
 // Where pair i = 2j + (even bytes) of q comes in a decoded tile. A scale group of 32 k is half a
 // tile (j < 2 or j >= 2): its pairs are then kept together.
-INLINE int step_of(bool halves, int q, int i) {
+static inline INLINE int step_of(bool halves, int q, int i) {
   return halves ? i / 4 * 16 + q * 4 + i % 4 : q * 8 + i;
 }
 
@@ -167,10 +167,10 @@ struct Lookup {
     if constexpr (MIXED)
       for (int i = 0; i < N; ++i) t[N + i] = _mm512_load_si512(values.of[1] + 32 * i);
   }
-  INLINE __m512i of_64(__m512i index, const __m512i* t) {
+  static inline INLINE __m512i of_64(__m512i index, const __m512i* t) {
     return _mm512_permutex2var_epi16(t[0], index, t[1]);
   }
-  ALWAYS __m512i operator()(__m512i index) const {
+  inline INLINE __m512i operator()(__m512i index) const {
     if constexpr (BITS == 8) {
       __mmask32 m6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x40));
       __mmask32 m7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x80));
@@ -183,7 +183,7 @@ struct Lookup {
     return v;
   }
   // Pair i of q: i odd = the even bytes.
-  ALWAYS __m512i pair(const words (&c)[4], int i) const {
+  inline INLINE __m512i pair(const words (&c)[4], int i) const {
     __m512i v = (__m512i)c[i / 2];
     return (*this)(i % 2 ? v : _mm512_srli_epi16(v, 8));
   }

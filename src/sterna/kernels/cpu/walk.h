@@ -1,7 +1,6 @@
 // The micro-kernel of quantised weights: one tile (or half a tile) of MR activation rows times NV
 // vectors of outputs, in the walk order of tiles.h. An output has the same bits for every MR.
 #pragma once
-#include "microkernel.h"
 #include "tiles.h"
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -13,63 +12,63 @@ namespace STERNA_ISA {
 // NI pairs a q: 8 = a tile, 4 = half of one. b[j] points at vector j of the first pair, b_step
 // elements from pair to pair; x at the first k, row to row lda.
 template <int NI, int MR, int NV>
-INLINE void multiply_tile(vf (&sum)[MR][NV], const bf16* x, int64_t lda, const bf16* const (&b)[NV],
-                          int b_step) {
+static inline INLINE void multiply_tile(vf (&sum)[MR][NV], const bf16* x, int64_t lda,
+                                        const bf16* const (&b)[NV], int b_step) {
   for (int q = 0; q < 4; ++q) {
-    UNROLL for (int i = 0; i < NI; ++i) {
+    repeat<NI>([&](auto i) INLINE {
       const int at = (q * NI + i) * b_step;
       const bf16* xk = x + 2 * q + 8 * i;
 #if defined(__AVX512BF16__)
       __m512bh w[NV];
-      UNROLL for (int j = 0; j < NV; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j] + at);
-      UNROLL for (int r = 0; r < MR; ++r) {
+      repeat<NV>([&](auto j) INLINE { w[j] = (__m512bh)_mm512_loadu_si512(b[j] + at); });
+      repeat<MR>([&](auto r) INLINE {
         __m512bh pair = (__m512bh)_mm512_set1_epi32(load_as<int32_t>(xk + r * lda));
-        UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], w[j], pair);
-      }
+        repeat<NV>([&](auto j) INLINE { sum[r][j] = _mm512_dpbf16_ps(sum[r][j], w[j], pair); });
+      });
 #else
       vf lo[NV], hi[NV];
-      UNROLL for (int j = 0; j < NV; ++j) {
+      repeat<NV>([&](auto j) INLINE {
         vu w = load_as<vu>(b[j] + at);
         lo[j] = (vf)(w << 16);
         hi[j] = (vf)(w & 0xffff0000u);
-      }
-      UNROLL for (int r = 0; r < MR; ++r) {
+      });
+      repeat<MR>([&](auto r) INLINE {
         vf x_lo = splat(to_float(xk[r * lda])), x_hi = splat(to_float(xk[r * lda + 1]));
-        UNROLL for (int j = 0; j < NV; ++j) {
+        repeat<NV>([&](auto j) INLINE {
           sum[r][j] += x_lo * lo[j];
           sum[r][j] += x_hi * hi[j];
-        }
-      }
+        });
+      });
 #endif
-    }
+    });
   }
 }
 
 // float32: the products of a q are summed first, for the reason RUN gives in microkernel.h.
 template <int NI, int MR, int NV>
-INLINE void multiply_tile(vf (&sum)[MR][NV], const float* x, int64_t lda,
-                          const float* const (&b)[NV], int b_step) {
+static inline INLINE void multiply_tile(vf (&sum)[MR][NV], const float* x, int64_t lda,
+                                        const float* const (&b)[NV], int b_step) {
   for (int q = 0; q < 4; ++q) {
     vf run[MR][NV] = {};
-    UNROLL for (int i = 0; i < 2 * NI; ++i) {
+    repeat<2 * NI>([&](auto i) INLINE {
       const int at = (q * 2 * NI + i) * b_step;
       const float* xk = x + 2 * q + 8 * (i / 2) + i % 2;
       vf w[NV];
-      UNROLL for (int j = 0; j < NV; ++j) w[j] = load(b[j] + at);
-      UNROLL for (int r = 0; r < MR; ++r) {
+      repeat<NV>([&](auto j) INLINE { w[j] = load(b[j] + at); });
+      repeat<MR>([&](auto r) INLINE {
         vf v = splat(xk[r * lda]);
-        UNROLL for (int j = 0; j < NV; ++j) run[r][j] += v * w[j];
-      }
-    }
-    UNROLL for (int r = 0; r < MR; ++r) {
-      UNROLL for (int j = 0; j < NV; ++j) sum[r][j] += run[r][j];
-    }
+        repeat<NV>([&](auto j) INLINE { run[r][j] += v * w[j]; });
+      });
+    });
+    repeat<MR>([&](auto r) INLINE {
+      repeat<NV>([&](auto j) INLINE { sum[r][j] += run[r][j]; });
+    });
   }
 }
 
 // Keeps the compiler from fusing the product in v with what the epilogue adds: whether it does so
 // must not depend on the path that made v.
-INLINE vf pinned(vf v) {
+static inline INLINE vf pinned(vf v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
@@ -82,7 +81,7 @@ INLINE vf pinned(vf v) {
 
 // a * b + c with one rounding where the set has it; never left to the compiler, which fuses or not
 // as the code around it falls.
-INLINE vf multiply_add(vf a, vf b, vf c) {
+static inline INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
