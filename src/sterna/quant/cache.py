@@ -22,7 +22,7 @@ from sterna.quant.formats import parse_format
 from sterna.quant.sources import STERNA, stored_method
 
 # What the default model runs in when nothing is asked for: "bf16" or a format's name.
-DEFAULT_MODEL_WEIGHTS = "bf16"
+DEFAULT_MODEL_WEIGHTS = "fp6"
 log = get_logger(__name__)
 
 
