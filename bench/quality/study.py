@@ -55,7 +55,7 @@ FORMATS = ("fp6", "fp6-e3m2", "fp6-g128", "fp6-mixed", "fp6-mixed-g128", "fp5", 
            "int4-g32", "int5-g32", "int5-g64", "int6-g128", "int8")  # fmt: skip
 PEER_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 WINDOW = 512
-CALIBRATION_TOKENS = 16_384
+CHARS_A_TOKEN = 6  # read of a calibration text; any text here has fewer
 BUDGET_PREFIX = "bits="
 Statistics = Mapping[str, Tensor]
 
@@ -178,15 +178,17 @@ def _row(bits: float, num_bytes: int, found: dict[str, Positions], **facts: Any)
     return {"bits_per_weight": bits, "num_bytes": num_bytes, **facts, "domains": domains}
 
 
-def calibrated(subject: Subject, texts: Mapping[str, Path], cache: Path) -> dict[str, Statistics]:
+def calibrated(
+    subject: Subject, texts: Mapping[str, Path], num_tokens: int, cache: Path
+) -> dict[str, Statistics]:
     """Hessians by calibration text, from `cache` where they are there."""
     found = {}
     for name, file in texts.items():
         path = cache / f"hessians-{name}.pt"
         if not path.exists():
-            tokens = subject.tokenizer.encode(file.read_text()[: 6 * CALIBRATION_TOKENS])
+            tokens = subject.tokenizer.encode(file.read_text()[: CHARS_A_TOKEN * num_tokens])
             decoder = subject.decoder()
-            hessians = Hessians(decoder, tokens[:CALIBRATION_TOKENS], str(file))
+            hessians = Hessians(decoder, tokens[:num_tokens], str(file))
             names = [module for module, *_ in weight_shapes(decoder)]
             order = sorted(names, key=lambda module: module == "embed_tokens")
             made = {m: hessians.get(m) for m in track(order, f"calibrate {name}", transient=True)}
@@ -200,7 +202,7 @@ def main() -> int:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     subject = Subject(args.model, _named(args.text), args.windows)
-    hessians = calibrated(subject, _named(args.calibration), args.work)
+    hessians = calibrated(subject, _named(args.calibration), args.calibration_tokens, args.work)
     first = next(iter(_named(args.calibration).values()))
     subject.budget_tokens = subject.tokenizer.encode(first.read_text()[: 8 * WINDOW * NUM_WINDOWS])
     path = args.out / f"quality-{datetime.now(UTC):%Y-%m-%d}.json"
@@ -208,7 +210,7 @@ def main() -> int:
     report["protocol"] = {
         "window": WINDOW, "scored": "second half", "windows": args.windows,
         "domains": list(subject.windows), "calibration": list(hessians),
-        "calibration_tokens": CALIBRATION_TOKENS,
+        "calibration_tokens": args.calibration_tokens,
     }  # fmt: skip
     for rows in _wanted(args.rows, subject, hessians, args):
         report["rows"].update(rows)
@@ -246,6 +248,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--rows", default="", help="comma-separated; empty makes all")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--windows", type=int, default=5, help="windows of each text")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--plot", type=Path, default=Path("docs/img/quality.png"))

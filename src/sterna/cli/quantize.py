@@ -77,19 +77,11 @@ def quantize(
     setup_logging("WARNING")
     if bits:
         _check_budget(bits, format, targets)
-    options = _options(format, targets, scales, scale_type, override)
-    run = QuantizeRun(model, output, options, is_quiet=as_json)
     if method == "gptq":
         _check_gptq(format, calibrate)
-        run.use_gptq(Path(calibrate), calibrate_tokens)
-    if calibrate == RANDOM:
-        run.calibrate_at_random()
-    elif calibrate != NONE and (bits or method != "gptq"):
-        run.calibrate(Path(calibrate), calibrate_tokens)
-    if bits:
-        run.use_budget(bits)
-    if method == "awq":
-        run.use_awq()
+    options = _options(format, targets, scales, scale_type, override)
+    run = QuantizeRun(model, output, options, is_quiet=as_json)
+    _prepare(run, method, bits, calibrate, calibrate_tokens)
     report = run.run()
     if as_json:
         print(json.dumps(run.as_json(report), indent=2))
@@ -100,6 +92,20 @@ def quantize(
 
         draw_errors(report, plot)
     return 0
+
+
+def _prepare(run: Any, method: str, bits: float, calibrate: str, num_tokens: int) -> None:
+    """Calibrate, choose formats, scale channels: what comes before the first weight."""
+    if method == "gptq":
+        run.use_gptq(Path(calibrate), num_tokens)
+    if calibrate == RANDOM:
+        run.calibrate_at_random()
+    elif calibrate != NONE and (bits or method != "gptq"):
+        run.calibrate(Path(calibrate), num_tokens)
+    if bits:
+        run.use_budget(bits)
+    if method == "awq":
+        run.use_awq()
 
 
 def _check_gptq(format_name: str, calibrate: str) -> None:

@@ -125,8 +125,9 @@ def _window(first: Tensor, second: Tensor, window: Tensor) -> tuple[Tensor, ...]
     """(nll_first, nll_second, kl, agrees) of the scored positions; the last predicts nothing."""
     targets = window[-len(first) + 1 :].long()[:, None]
     nll = [-p[:-1].gather(1, targets).squeeze(1) for p in (first, second)]
-    parts = (torch.split(rows[:-1], _CHUNK_ROWS) for rows in (first, second))
-    pairs = zip(*parts, strict=True)
+    pairs = zip(
+        torch.split(first[:-1], _CHUNK_ROWS), torch.split(second[:-1], _CHUNK_ROWS), strict=True
+    )
     kl = torch.cat([(p.exp() * (p - q)).sum(dim=1) for p, q in pairs])
     agrees = first[:-1].argmax(dim=1) == second[:-1].argmax(dim=1)
     return nll[0], nll[1], kl, agrees.float()

@@ -36,4 +36,5 @@ class DecoderScorer:
         rows = torch.arange(n - n // 2, n, dtype=torch.int32)
         bounds, lens = torch.tensor([0, n]).int(), torch.tensor([n]).int()
         batch = Batch(window, torch.arange(n).int(), bounds, lens, rows)
-        return torch.log_softmax(self._decoder(batch), dim=-1)
+        logits: Tensor = self._decoder(batch)
+        return logits.log_softmax(dim=-1)

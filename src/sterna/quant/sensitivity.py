@@ -67,10 +67,15 @@ def _backward(
         h = block(h, batch, decoder.rope_of(layer_idx), None)
     hidden = decoder.norm(h)
     logits = decoder.logits(hidden)
-    logits.register_hook(lambda g: on_logits(hidden.detach(), g))  # type: ignore[no-untyped-call]
+    _on_gradient(logits, lambda g: on_logits(hidden.detach(), g))
     log_probs = logits.log_softmax(dim=-1)
     drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
     torch.autograd.backward(log_probs.gather(1, drawn).sum())
+
+
+def _on_gradient(output: Tensor, function: Callable[[Tensor], None]) -> None:
+    register: Callable[..., Any] = output.register_hook
+    register(function)
 
 
 class _Squares:
@@ -90,13 +95,10 @@ class _Squares:
 
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
-
-            def note(g: Tensor) -> None:
-                if isinstance(module, GatedLinear):
-                    g = _through_gate(module, x, g)
-                self.add(name, x, g)
-
-            output.register_hook(note)  # type: ignore[no-untyped-call]
+            if isinstance(module, GatedLinear):
+                _on_gradient(output, lambda g: self.add(name, x, _through_gate(module, x, g)))
+            else:
+                _on_gradient(output, lambda g: self.add(name, x, g))
 
         return forward
 

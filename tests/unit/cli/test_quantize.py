@@ -110,7 +110,7 @@ def test_bad_arguments_end_in_one_line(model, tmp_path, capsys, arguments, code,
     assert run(["quantize", model, "-o", str(tmp_path / "out"), *arguments]) == code
     err = capsys.readouterr().err
     assert said in err
-    assert err.count("\n") == 1
+    assert err.strip().count("\n") == 0
 
 
 def test_a_short_calibration_text_is_refused(model, tmp_path, capsys):
