@@ -10,6 +10,7 @@ clock starts. Medians of 9 repeats; on a shared machine leave 5 % for noise.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -28,6 +29,7 @@ ROWS = (1, 4, 8, 16, 32, 128, 512)
 HEADS = (9, 3, 64)
 # sequences, new tokens each, keys each: decodes of one and many streams, prompt chunks
 ATTENTION = ((1, 1, 2000), (32, 1, 160), (8, 1, 1500), (1, 512, 512), (1, 512, 2048))
+CACHES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 REPEATS = 9
 Row = dict[str, object]
 
@@ -123,10 +125,10 @@ def check(backend: CpuBackend, x: Tensor, plain: Tensor, packed: Tensor, n: int)
 def attention_rows(backend: CpuBackend, limits: dict[torch.dtype, float], gbs: float) -> list[Row]:
     heads, kv_heads, dim = HEADS
     dtype, size, found = torch.bfloat16, 16, []
-    for seqs, new, context in ATTENTION:
+    for (seqs, new, context), kind in itertools.product(ATTENTION, CACHES):
         width = -(-context // size)
-        blocks, cpu = seqs * width + 1, torch.device("cpu")
-        cache = backend.new_kv_cache(blocks, size, kv_heads, dim, dtype, cpu).normal_()
+        blocks = seqs * width + 1
+        cache = filled_cache(backend, blocks, size, CACHES[kind])
         q = torch.randn(seqs * new, heads * dim).to(dtype)
         tables = (1 + torch.arange(seqs * width)).int().view(seqs, width)
         starts = (torch.arange(seqs + 1) * new).int()
@@ -134,11 +136,22 @@ def attention_rows(backend: CpuBackend, limits: dict[torch.dtype, float], gbs: f
         args = (q, cache, tables, starts, lens, heads, kv_heads, dim, size, 0.125)
         seconds = clock(lambda: cpu_calls.paged_attention(backend.eager, *args), 5)  # noqa: B023
         visible = sum(context - new + i + 1 for i in range(new)) * seqs
-        flops, read = 4.0 * visible * heads * dim, 4.0 * seqs * context * kv_heads * dim
+        flops = 4.0 * visible * heads * dim
+        read = float(cache.nbytes // blocks * seqs * context // size)
         limit = max(flops / limits[dtype] / 1e9, read / gbs / 1e9)
-        label = f"attention bf16 {seqs} x {new} queries, {context} keys"
+        label = f"attention {kind} {seqs} x {new} queries, {context} keys"
         found.append(report(label, seconds, flops, read, limit))
     return found
+
+
+def filled_cache(backend: CpuBackend, blocks: int, size: int, kind: torch.dtype) -> Tensor:
+    heads, kv_heads, dim = HEADS
+    cache = backend.new_kv_cache(blocks, size, kv_heads, dim, kind, torch.device("cpu"))
+    qkv = torch.randn(blocks * size, (heads + 2 * kv_heads) * dim).bfloat16()
+    slots = torch.arange(blocks * size)
+    tail = (1e-5, False, heads, kv_heads, dim, cache, slots, size)
+    cpu_calls.rope(backend.eager, qkv, slots.int(), None, None, None, *tail)
+    return cache
 
 
 def row_op_rows(backend: CpuBackend, gbs: float) -> list[Row]:

@@ -223,7 +223,7 @@ CROWDS = {
 def test_a_quantised_cache_does_not_depend_on_the_surroundings(decoder, kind, settings):
     """Codes follow from a token's own key and value, so all of the above holds for them too."""
     if load_kernels().level != "cpu":
-        pytest.skip("whole rows only: the reference rounds keys that differ in the last bit apart")
+        pytest.skip("without equal bits, keys a last bit apart may fall to different codes")
     given = prompts(8, seed=5, shortest=60)
     lone = [outputs(decoder, [p], token_budget=1024, kv_cache_dtype=kind)[0][0] for p in given]
     engine = new_engine(decoder, kv_cache_dtype=kind, **settings)
@@ -237,7 +237,9 @@ def test_a_quantised_cache_does_not_depend_on_the_surroundings(decoder, kind, se
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_quantised_cache_stays_close_to_a_plain_one(decoder, kind):
-    """Logprobs of a prompt; 0.05 is eight times what int8 and twice what e4m3 may cost here."""
+    """Logprobs of a prompt. Half a step of e4m3 is 2^-4 of a number, 3 % on average: scores and
+    values that far off move a logprob of this model by 0.02 on average (int8: by 0.006).
+    """
     prompt = prompts(1, seed=8, shortest=90)[0]
     scores = {}
     for name in ("auto", kind):
@@ -247,7 +249,6 @@ def test_a_quantised_cache_stays_close_to_a_plain_one(decoder, kind):
         (last,) = [output for _ in range(200) for output in engine.step()]
         scores[name] = torch.tensor([entry.logprob for entry in last.prompt_logprobs[1:]])
     error = (scores["auto"] - scores[kind]).abs()
-    print(kind, decoder.dtype, error.max(), error.mean())
     assert error.max() > 0
     assert error.mean() < 0.05
 

@@ -170,6 +170,19 @@ def test_bits_do_not_depend_on_chunking(backend, dtype, kind, window):
         assert all(torch.equal(a, b) for a, b in zip(whole, outs, strict=True))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_blocks_are_copied_and_wiped_as_a_whole(kind):
+    """What the engine's copy-on-write and its wiping of a faulty request's blocks do."""
+    cache = CpuBackend(1).new_kv_cache(4, SIZE, KV_HEADS, 8, kind, CPU)
+    store(calls_of(CpuBackend(1))["rope_store"], spread(9, 8, DTYPES[1]), cache,
+          torch.arange(16, 25), SIZE, 8)  # fmt: skip
+    cache[2].copy_(cache[1])
+    cache[torch.tensor([1, 3])] = 0
+    rows = rows_of(cache, SIZE, 8, DTYPES[1])
+    assert kv_codes.dequantise(rows[2], kind).abs().max() > 100
+    assert rows[1].count_nonzero() == 0
+
+
 def test_a_plain_cache_of_another_dtype_is_refused():
     from sterna.core.errors import KernelError
 

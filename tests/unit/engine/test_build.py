@@ -13,7 +13,9 @@ from sterna.core.machine import num_usable_cpus
 from sterna.engine.budget import StepCurve, StepTime, choose_budget
 from sterna.engine.build import check_device, set_threads
 from sterna.engine.config import EngineConfig
-from sterna.engine.memory import engine_shape
+from sterna.engine.memory import engine_shape, kv_dtype
+from sterna.model.config import parse_config
+from sterna.model.decoder import Decoder
 
 
 def test_devices_that_are_not_here_are_a_config_error(monkeypatch):
@@ -54,6 +56,35 @@ def test_a_context_beyond_the_models_positions_is_refused(fake_decoder):
     assert engine_shape(decoder, EngineConfig(max_model_len=longest)).max_model_len == longest
     with pytest.raises(ConfigError, match=f"positions end at {longest}"):
         engine_shape(decoder, EngineConfig(max_model_len=longest + 1))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(("kind", "row"), [("auto", 128), ("fp8", 68), ("int8", 68)])
+def test_a_quantised_cache_holds_more_blocks(kind, row):
+    """Bytes a head and token: 64 of 2, or 64 of 1 and a scale."""
+    decoder = Decoder(parse_config(LLAMA, "llama"), torch.bfloat16)
+    size = 100 * 2 * 2 * 16 * 128  # 100 plain blocks of 16 tokens: 2 layers, keys and values
+    shape = engine_shape(decoder, EngineConfig(kv_cache_bytes=size, kv_cache_dtype=kind))
+    assert shape.num_kv_blocks == 100 * 128 // row
+
+
+def test_a_plain_cache_of_another_dtype_is_refused():
+    decoder = Decoder(parse_config(LLAMA, "llama"), torch.bfloat16)
+    assert kv_dtype(decoder, EngineConfig(kv_cache_dtype="bfloat16")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="computes in bfloat16; use auto, fp8 or int8"):
+        engine_shape(decoder, EngineConfig(kv_cache_dtype="float32"))
 
 
 def test_the_buffers_hold_any_budget_that_can_be_chosen(harness):
