@@ -2,6 +2,7 @@
 
     python bench/peers/setup.py all        # once; environments under .peers
     python bench/compare.py --repeats 5    # writes bench/results/compare-DATE.{json,md}
+    python bench/compare.py --peers sterna-fp6,sterna,llamacpp-q6_k,llamacpp-q4_0 --cases decode
 
 Every peer runs the same bfloat16 weights on the same pinned cores. Repeats are interleaved
 (A B C A B C), peers that are not on turn are stopped, and the figure is the median. Before any
@@ -22,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peers.children import SPECS, PeerError, RunningPeer, first_token_s
+from peers.children import PLAIN, SPECS, PeerError, RunningPeer, first_token_s
 from peers.served import measure_server, write_prompts
 from peers.setup import ROOT, is_ready, versions
 from peers.table import as_markdown
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default=",".join(SPECS), help="names, comma-separated")
+    parser.add_argument("--peers", default=",".join(PLAIN), help="names, comma-separated")
     parser.add_argument("--cases", default=",".join([*CASES, "first_token", "server"]))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--server-repeats", type=int, default=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.setup import ROOT, python_of
-from peers.weights import GGUF_FILE, HF_FOLDER, LLAMA_BIN, OPENVINO_FOLDER, default_gguf
+from peers.weights import HF_FOLDER, LLAMA_BIN, OPENVINO_FOLDER, default_gguf, gguf_file
 
 HERE = Path(__file__).resolve().parent
 _LOG = ROOT / ".peers" / "logs"
@@ -25,6 +25,7 @@ class PeerSpec:
 
     name: str
     environment: str  # folder under .peers; "" = the one that runs this
+    weights: str = ""  # a quantised format; "" = bfloat16
 
     @property
     def python(self) -> Path:
@@ -34,25 +35,32 @@ class PeerSpec:
     @property
     def script(self) -> Path:
         """Its adapter."""
-        return HERE / f"peer_{self.name.replace('-', '_')}.py"
+        name = self.name.removesuffix(f"-{self.weights}")
+        return HERE / f"peer_{name.replace('-', '_')}.py"
 
     @property
     def model(self) -> Path:
         """The weights it reads."""
         if self.environment == "llamacpp":
-            return GGUF_FILE
+            return gguf_file(self.weights)
         if self.environment == "openvino":
             return OPENVINO_FOLDER
-        return default_gguf() if self.name == "sterna" else HF_FOLDER
+        return default_gguf() if self.environment == "" else HF_FOLDER
+
+    def command(self, threads: int) -> list[str]:
+        """Its adapter as a process; Sterna takes its weights' format as one more word."""
+        own = [self.weights] if self.weights and not self.environment else []
+        return [str(self.python), str(self.script), str(self.model), str(threads), *own]
 
     def server_command(self, port: int, threads: int) -> list[str] | None:
         """Its OpenAI server; None when it has none to compare."""
         common = ["--host", "127.0.0.1", "--port", str(port)]
         if self.name == "sterna":
             return [sys.executable, "-m", "sterna.cli", "serve", *common,
-                    "--threads", str(threads), "--max-model-len", "4096"]  # fmt: skip
+                    "--threads", str(threads), "--max-model-len", "4096",
+                    "--weights", "bf16"]  # fmt: skip
         if self.name == "llamacpp":
-            return [str(LLAMA_BIN / "llama-server"), "-m", str(GGUF_FILE), *common, "-t",
+            return [str(LLAMA_BIN / "llama-server"), "-m", str(self.model), *common, "-t",
                     str(threads), "-np", "16", "-c", "32768", "-b", "2048", "-ub", "512",
                     "--cache-ram", "0", "--no-cache-prompt"]  # fmt: skip
         if self.name == "vllm":
@@ -72,8 +80,13 @@ SPECS = {
         PeerSpec("openvino-sdpa", "openvino"),
         PeerSpec("vllm", "vllm"),
         PeerSpec("transformers", "transformers"),
+        PeerSpec("sterna-fp6", "", "fp6"),
+        PeerSpec("llamacpp-q6_k", "llamacpp", "q6_k"),
+        PeerSpec("llamacpp-q4_0", "llamacpp", "q4_0"),
     )
 }
+# What runs unless other peers are named: all on the same bfloat16 weights.
+PLAIN = tuple(name for name, spec in SPECS.items() if not spec.weights)
 
 
 def start(command: list[str], cores: list[int], log: str, **pipes: Any) -> subprocess.Popen[str]:
@@ -111,7 +124,7 @@ class RunningPeer:
 
     def __init__(self, spec: PeerSpec, cores: list[int]) -> None:
         self.spec = spec
-        command = [str(spec.python), str(spec.script), str(spec.model), str(len(cores))]
+        command = spec.command(len(cores))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = start(command, cores, f"{spec.name}.log", **pipes)
         self.load_s = float(self._read()["load_s"])
@@ -148,8 +161,7 @@ class RunningPeer:
 
 def first_token_s(spec: PeerSpec, cores: list[int], ids: list[int]) -> float:
     """Seconds from starting a new process to its first token. PeerError when none comes."""
-    command = [str(spec.python), str(spec.script), str(spec.model), str(len(cores)),
-               "--first-token", json.dumps(ids)]  # fmt: skip
+    command = [*spec.command(len(cores)), "--first-token", json.dumps(ids)]
     started = time.perf_counter()
     process = start(command, cores, f"{spec.name}-first.log", stdout=subprocess.PIPE)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from worker import MAX_CONTEXT, Peer, serve
 
 from sterna.engine.build import build_engine
@@ -13,8 +15,10 @@ class SternaPeer(Peer):
     """One engine with its defaults (budget measured at start)."""
 
     def __init__(self, model: str, threads: int) -> None:
-        config = EngineConfig(threads=threads, max_model_len=MAX_CONTEXT)
-        self._engine = build_engine(model, config)
+        weights = next((word for word in sys.argv[3:4] if not word.startswith("--")), "bf16")
+        config = EngineConfig(threads=threads, max_model_len=MAX_CONTEXT, weights=weights)
+        # "" is the default model: its quantised copy is kept, as `sterna serve` keeps it.
+        self._engine = build_engine(model if weights == "bf16" else "", config)
         self._count = 0
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:

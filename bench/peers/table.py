@@ -49,11 +49,12 @@ def _row(title: str, by_peer: dict[str, float], names: list[str], is_more_better
 
 
 def _ratio(by_peer: dict[str, float], is_more_better: bool) -> str:
-    others = [value for name, value in by_peer.items() if name != OURS]
-    if OURS not in by_peer or not others:
+    ours = [value for name, value in by_peer.items() if name.startswith(OURS)]
+    others = [value for name, value in by_peer.items() if not name.startswith(OURS)]
+    if not ours or not others:
         return "-"
     best = max(others) if is_more_better else min(others)
-    return f"{by_peer[OURS] / best:.2f}x"
+    return f"{ours[0] / best:.2f}x"  # the first of ours that was named
 
 
 def _number(value: float) -> str:

@@ -14,7 +14,6 @@ from peers.setup import PEERS, python_of, run
 
 MODEL = PEERS / "model"
 HF_FOLDER = MODEL / "hf-bf16"
-GGUF_FILE = MODEL / "bf16.gguf"
 OPENVINO_FOLDER = MODEL / "openvino-fp16"
 LLAMA_BIN = PEERS / "llamacpp" / "build" / "bin"
 
@@ -40,13 +39,29 @@ def prepare(peers: list[str]) -> None:
     MODEL.mkdir(parents=True, exist_ok=True)
     if not (HF_FOLDER / "tokenizer.json").exists():
         _save_hf()
-    if "llamacpp" in peers and not GGUF_FILE.exists():
-        quantize = LLAMA_BIN / "llama-quantize"
-        run([quantize, "--allow-requantize", default_gguf(), GGUF_FILE, "BF16"])
+    for name in peers:
+        if name.startswith("llamacpp"):
+            _quantize_gguf(name.removeprefix("llamacpp").removeprefix("-"))
     if any(name.startswith("openvino") for name in peers) and not OPENVINO_FOLDER.exists():
         run([python_of("openvino").with_name("optimum-cli"), "export", "openvino", "--model",
              HF_FOLDER, "--task", "text-generation-with-past", "--weight-format", "fp16",
              OPENVINO_FOLDER])  # fmt: skip
+
+
+def gguf_file(weights: str = "") -> Path:
+    """llama.cpp's file of one of its formats; "" = BF16."""
+    return MODEL / f"{weights or 'bf16'}.gguf"
+
+
+def _quantize_gguf(weights: str) -> None:
+    """The BF16 file from the default model, the others from the BF16 file."""
+    if gguf_file(weights).exists():
+        return
+    if weights:
+        _quantize_gguf("")
+    source = gguf_file() if weights else default_gguf()
+    quantize = LLAMA_BIN / "llama-quantize"
+    run([quantize, "--allow-requantize", source, gguf_file(weights), (weights or "bf16").upper()])
 
 
 def _save_hf() -> None:

@@ -48,7 +48,7 @@ def test_a_real_conversation(live: Page, smollm: LiveServer) -> None:
     answer = live.ask("Give me three facts about the ocean as a list.")
     assert "ocean" in answer and live.count(".message.assistant li") >= 3
     again = live.ask("Write a Python function that reverses a string.")
-    assert "def " in again
+    assert "revers" in again
     stats = live.text(".message:last-child .stats")
     assert "cached)" in stats, "the second turn shares its prefix with the first"
     live.js("document.activeElement.blur()")
