@@ -112,6 +112,9 @@ class LocalSpec:
     def __init__(self, script):
         self.script = script
 
+    def command(self, threads):
+        return [str(self.python), str(self.script), str(self.model), str(threads)]
+
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
@@ -185,3 +188,13 @@ def test_setup_skips_what_is_ready(tmp_path, monkeypatch, capsys):
     (tmp_path / "vllm" / "ready").write_text("{}")
     assert setup.main(["vllm"]) == 0
     assert "ready" in capsys.readouterr().out
+
+
+def test_a_format_is_one_more_word_for_sterna_and_another_file_for_llama():
+    from peers.children import PLAIN, SPECS
+
+    assert SPECS["sterna-fp6"].command(2)[-2:] == ["2", "fp6"]
+    assert SPECS["sterna"].command(2)[-1] == "2"
+    assert SPECS["llamacpp-q6_k"].model.name == "q6_k.gguf"
+    assert SPECS["llamacpp-q6_k"].script == SPECS["llamacpp"].script
+    assert "sterna-fp6" not in PLAIN
