@@ -129,18 +129,21 @@ def test_int8_activations(backend, dtype, name, shape):
     close(whole, quant_reference.quant_linear(grid, *w, *rest, n))
     sums = calls.quant_logits(backend.eager, x, *w, n, int8_activations=True)
     close(sums, quant_reference.quant_logits(x, *w, n, int8_activations=True))
-    for start, stop in [(0, 1), (3, 5), (20, 33), (7, 137)]:
+    for start, stop in [(0, 1), (3, 5), (9, 12), (20, 33), (30, 35), (100, 228), (7, 137)]:
         part = calls.quant_logits(backend.eager, x[start:stop], *w, n, int8_activations=True)
-        assert torch.equal(part, sums[start:stop])
+        assert torch.equal(part, sums[start:stop]), f"rows {start}..{stop}"
 
 
 @pytest.mark.parametrize("name", ["fp6", "fp6-mixed", "int4-g32"])
 def test_int8_activations_gated(backend, name):
     w = weight(name, 200, 72, is_gated=True).flat()
-    x = rand(40, 200, dtype=torch.bfloat16)
+    x = rand(140, 200, dtype=torch.bfloat16)
     got = calls.quant_gated_linear(backend.eager, x, *w, "silu", 72, True)
     grid = quant_reference.int8_rows(x)
     close(got, quant_reference.quant_gated_linear(grid, *w, "silu", 72))
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        part = calls.quant_gated_linear(backend.eager, x[:rows], *w, "silu", 72, True)
+        assert torch.equal(part, got[:rows]), f"{rows} rows"
 
 
 def test_int8_activations_of_odd_rows(backend):

@@ -15,11 +15,5 @@ inline float int8_unit(const float* table, int count) {
     while (unit > 0x1p-20f && table[i] / unit != std::floor(table[i] / unit)) unit *= 0.5f;
   return most / unit < 127 * INT8_PLANE ? unit : 0.f;
 }
-// One plane suffices up to here.
-inline bool is_one_plane(const float* table, int count, float unit) {
-  for (int i = 0; i < count; ++i)
-    if (std::fabs(table[i]) > 127 * unit) return false;
-  return true;
-}
 
 }  // namespace sterna

@@ -87,6 +87,9 @@ void store_outputs(const QuantLinearArgs& a, const PairUnit& u, int row, int end
 // Integer activations.
 int int8_units(const QuantLinearArgs& a, int rows);
 void int8_run(const QuantLinearArgs& a, int rows, const Worker& w, int unit);
+bool int8_few_serves(const QuantLinearArgs& a, int rows);
+int int8_few_units(const QuantLinearArgs& a, int rows);
+void int8_few_run(const QuantLinearArgs& a, int rows, int unit);
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

@@ -1,81 +1,20 @@
 // quant_linear with int8 activations (rows of QuantRowsArgs): integer dots, exact sums, and one
-// float32 product with the scale a group. Row x of the result = sum over groups of
+// float32 product with the scale a group; few rows take quant_int8_few.cpp. Row x of the result = sum over groups of
 // (integer sum) * scale, times the row's scale and the unit of the weight values.
 //
 // AVX-512 VNNI: vpdpbusd multiplies unsigned by signed bytes, four k a lane. The weight is the
 // unsigned side, 128 too high; sums start at -128 times the sum of their activations, which comes
 // with the rows. Values beyond a byte (e3m2: up to 448 sixteenths) are two planes, 16 * high + low.
 // Other sets: 16-bit weights and plain multiplications.
-#include "int8_table.h"
-#include "quant.h"
+#include "int8.h"
 
 namespace sterna {
 namespace STERNA_ISA {
 namespace {
 
-typedef int32_t ints __attribute__((vector_size(64)));  // one a row of a block
-
-struct Rows {
-  const char* x;
-  int64_t row_bytes, tiles;
-  const int8_t* codes(int row, int tile) const {
-    return reinterpret_cast<const int8_t*>(x + row * row_bytes + tile * TILE_K);
-  }
-  // Sum of the codes of half tiles [0, half).
-  int32_t sum_before(int row, int half) const {
-    return load_as<int32_t>(x + row * row_bytes + tiles * TILE_K + 4 * half);
-  }
-  float scale(int row) const {
-    return load_as<float>(x + row * row_bytes + tiles * TILE_K + 4 * (2 * tiles + 1));
-  }
-};
-
-// Word (q, j) of a decoded tile; the words of a scale group of 32 are kept together.
-static inline INLINE int word_at(bool halves, int q, int j) {
-  return halves ? j / 2 * 8 + q * 2 + j % 2 : q * 4 + j;
-}
-
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-constexpr int MAX_MR = 12, MAX_PLANES = 2;
+#if defined(STERNA_INT8_DOTS)
+constexpr int MAX_MR = 12;
 constexpr int AHEAD = 4096;  // bytes asked of memory before they are decoded; see quant_few.cpp
-
-// A code's value in units, as the unsigned bytes of its planes.
-struct Int8Values {
-  alignas(64) uint8_t of[2][MAX_PLANES][TABLE];
-  int planes;
-  Int8Values(const QuantWeight& w, float unit) {
-    const int codes = 1 << w.bits, tables = w.row_formats ? 2 : 1;
-    planes = is_one_plane(w.table, codes * tables, unit) ? 1 : 2;
-    const float per_unit = 1.f / unit;  // a power of two
-    for (int t = 0; t < tables; ++t) {
-      for (int i = 0; i < codes; ++i) {
-        int32_t v = int32_t(w.table[t * codes + i] * per_unit), high = v >> 4;  // floor
-        of[t][0][i] = uint8_t((planes == 1 ? v : high) + 128);
-        of[t][1][i] = uint8_t(v - INT8_PLANE * high);
-      }
-      for (int p = 0; p < MAX_PLANES; ++p)
-        for (int n = codes; n < TABLE; n *= 2) std::memcpy(of[t][p] + n, of[t][p], n);
-    }
-  }
-};
-
-// A table in registers: one of 64 bytes, or four for 8 bits.
-template <int BITS>
-struct ByteLookup {
-  static constexpr int N = BITS == 8 ? 4 : 1;
-  __m512i t[N];
-  explicit ByteLookup(const uint8_t* table) {
-    for (int i = 0; i < N; ++i) t[i] = _mm512_load_si512(table + 64 * i);
-  }
-  inline INLINE __m512i operator()(words codes) const {
-    __m512i code = (__m512i)codes;
-    if constexpr (BITS < 8) return _mm512_permutexvar_epi8(code, t[0]);
-    else
-      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code),
-                                    _mm512_permutex2var_epi8(t[0], code, t[1]),
-                                    _mm512_permutex2var_epi8(t[2], code, t[3]));
-  }
-};
 
 struct Panel {
   static constexpr int WORD = 128;  // bytes: 64 of each block
@@ -115,12 +54,6 @@ void decode(const QuantWeight& w, const Int8Values& values, int block, int half,
   }
 }
 
-// In assembly: GCC 12 does not tie the intrinsic's sum to its result and copies 24 of them between
-// registers and the stack at every turn (512 rows of 576 x 960: 453 us, like this 366).
-static inline INLINE void dot(__m512i& sum, __m512i w, __m512i x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-}
-
 // Integer sums of words [0, 4 * NW) of a panel: NW words a q.
 template <int MR, int PLANES, int NW>
 static inline INLINE void dots(__m512i (&acc)[MR][2 * PLANES], const int8_t* x, int64_t stride,
@@ -141,7 +74,7 @@ static inline INLINE void dots(__m512i (&acc)[MR][2 * PLANES], const int8_t* x, 
 // sum[MR][2 blocks] of half tiles [first, stop) of the chunk that begins at `tile`; with groups of
 // 32 that is one half, else whole tiles.
 template <int MR, int PLANES>
-static inline INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile,
+static inline INLINE void integer_sums(ints (&sum)[MR][2], const Int8Rows& x, int row, int tile,
                                        int first, int stop, Panel& panel) {
   __m512i acc[MR][2 * PLANES];
   repeat<MR>([&](auto r) INLINE {
@@ -199,7 +132,7 @@ void decode(const QuantWeight& w, const Int8Values& values, int block, int half,
 }
 
 template <int MR, int PLANES>
-static inline INLINE void integer_sums(ints (&sum)[MR][2], const Rows& x, int row, int tile,
+static inline INLINE void integer_sums(ints (&sum)[MR][2], const Int8Rows& x, int row, int tile,
                                        int first, int stop, Panel& panel) {
   const int size = stop - first == 1 ? 2 : 4;  // words a q
   for (int r = 0; r < MR; ++r) {
@@ -226,7 +159,7 @@ static_assert(sizeof(Scratch) + 64 <= SCRATCH_BYTES, "scratch");
 
 struct Unit : PairUnit {
   const QuantLinearArgs& a;
-  Rows x;
+  Int8Rows x;
   Scratch& s;
 };
 struct Span {
@@ -257,12 +190,12 @@ void rows_of(const Unit& u, const Span& span, int row) {
     int stop = first + group < 2 * span.count ? first + group : 2 * span.count;
     ints sum[MR][2];
     integer_sums<MR, PLANES>(sum, u.x, row, span.first, first, stop, u.s.panel);
-    for (int r = 0; r < MR; ++r)
-      for (int b = 0; b < 2; ++b) {
+    const float* scale = u.s.scales[u.a.w.group ? first / group : 0];
+    repeat<MR>([&](auto r) INLINE { repeat<2>([&](auto b) INLINE {
         float* out = state[r] + b * BLOCK;
-        if (u.a.w.group) add_group(out, sum[r][b], u.s.scales[first / group] + b * BLOCK);
+        if (u.a.w.group) add_group(out, sum[r][b], scale + b * BLOCK);
         else store_as(out, load_as<ints>(out) + sum[r][b]);
-      }
+      }); });
   }
 }
 
@@ -317,14 +250,16 @@ void decode_chunk(const QuantWeight& w, const Int8Values& values, int block, int
 
 }  // namespace
 
-int int8_units(const QuantLinearArgs& a, int rows) { return PairCut(a, rows).units(); }
+int int8_units(const QuantLinearArgs& a, int rows) {
+  return int8_few_serves(a, rows) ? int8_few_units(a, rows) : PairCut(a, rows).units();
+}
 
 void int8_run(const QuantLinearArgs& a, int rows, const Worker& worker, int unit) {
+  if (int8_few_serves(a, rows)) return int8_few_run(a, rows, unit);
   const QuantWeight& w = a.w;
   const Int8Values values(w, a.int8_unit);
-  Rows x{static_cast<const char*>(a.x), int8_row_bytes(w.in_features), num_tiles(w)};
   Scratch& s = *reinterpret_cast<Scratch*>((uintptr_t(worker.scratch) + 63) / 64 * 64);
-  Unit u{PairCut(a, rows).at(unit, a.gate), a, x, s};
+  Unit u{PairCut(a, rows).at(unit, a.gate), a, Int8Rows(a), s};
   const int tiles = num_tiles(w);
   for (int first = 0; first < tiles; first += CHUNK) {
     int count = tiles - first < CHUNK ? tiles - first : CHUNK;

@@ -90,16 +90,16 @@ void rows_of(const Unit<T>& u, const Span& span, int row) {
   for (int col = 0; col < PANEL; col += NV * VW) {
     vf acc[MR][NV] = {};
     float* state = u.s.state[row - u.row] + col;
-    if (span.first)
-      for (int r = 0; r < MR; ++r)
-        repeat<NV>([&](auto j) INLINE { acc[r][j] = load(state + r * PANEL + j * VW); });
+    // By constant index throughout: one loop over rows sends the sums to the stack for good.
+    auto each = [&](auto f) INLINE {
+      repeat<MR>([&](auto r) INLINE { repeat<NV>([&](auto j) INLINE { f(r, j); }); });
+    };
+    if (span.first) each([&](auto r, auto j) INLINE { acc[r][j] = load(state + r * PANEL + j * VW); });
     Run<T, MR>{u, x, lda, col}(acc, 0, whole);
     if (span.tail) Run<T, MR>{u, u.s.tail[row - u.row], 2 * TILE_K, col}(acc, whole, span.count);
     if (span.is_last && !u.a.w.group)
-      for (int r = 0; r < MR; ++r)
-        repeat<NV>([&](auto j) INLINE { acc[r][j] *= load(u.s.scales[0] + col + j * VW); });
-    for (int r = 0; r < MR; ++r)
-      repeat<NV>([&](auto j) INLINE { store(state + r * PANEL + j * VW, acc[r][j]); });
+      each([&](auto r, auto j) INLINE { acc[r][j] *= load(u.s.scales[0] + col + j * VW); });
+    each([&](auto r, auto j) INLINE { store(state + r * PANEL + j * VW, acc[r][j]); });
   }
 }
 

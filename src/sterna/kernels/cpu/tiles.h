@@ -99,18 +99,29 @@ template <class T>
 struct Values {
   alignas(64) T of[2][TABLE];
   explicit Values(const QuantWeight& w) {
-    int codes = 1 << w.bits;
+    const int codes = 1 << w.bits;
     for (int t = 0; t < (w.row_formats ? 2 : 1); ++t) {
-      for (int i = 0; i < codes; ++i) of[t][i] = narrow(w.table[t * codes + i]);
-      for (int n = codes; n < TABLE; n *= 2) std::memcpy(of[t] + n, of[t], n * sizeof(T));
+      narrow_all(of[t], w.table + t * codes, codes);
+      for (int n = codes; n < USED; n *= 2) std::memcpy(of[t] + n, of[t], n * sizeof(T));
     }
   }
-  static T narrow(float v) {
-    if constexpr (sizeof(T) == 4) return v;
-    uint32_t u;
-    std::memcpy(&u, &v, 4);
-    return T(u >> 16);
+
+ private:
+#if defined(__AVX512BW__)
+  static constexpr int USED = sizeof(T) == 2 ? 64 : TABLE;  // Lookup reads no more of six bits
+  static void narrow_all(uint16_t* out, const float* v, int n) {  // n: a multiple of 16
+    for (int i = 0; i < n; i += 16) {
+      __m512i high = _mm512_srli_epi32(_mm512_loadu_si512(v + i), 16);
+      store_as(out + i, _mm512_cvtepi32_epi16(high));
+    }
   }
+#else
+  static constexpr int USED = TABLE;
+  static void narrow_all(uint16_t* out, const float* v, int n) {
+    for (int i = 0; i < n; ++i) out[i] = uint16_t(load_as<uint32_t>(v + i) >> 16);
+  }
+#endif
+  static void narrow_all(float* out, const float* v, int n) { std::memcpy(out, v, n * sizeof(T)); }
 };
 
 // Which rows of a block use the second table, a bit a row.
