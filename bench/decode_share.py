@@ -1,10 +1,13 @@
 """Python's share of a decode step: the whole step against the one native call inside it.
 
-    python bench/decode_share.py [--batches 1,8,32] [--threads 2] [--json FILE]
+    python bench/decode_share.py [--batches 1,2,4,8,32] [--weights fp6] [--rounds 3] [--json FILE]
 
 A decode step is schedule, fill the input buffers, replay the recorded forward (one native call),
 sample, commit. All but the replay counts as Python here, also numpy's work on the logits. The goal
 is at most 5 % at one stream, where the native call is shortest.
+
+Batch sizes take turns in rounds. The speed of a step against one of the first size is taken within
+a round: the bandwidth of a shared machine drifts between rounds.
 """
 
 from __future__ import annotations
@@ -101,18 +104,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--threads", type=int, default=num_usable_cpus())
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    engine = build_engine("", EngineConfig(threads=args.threads, max_model_len=1024))
+    config = EngineConfig(threads=args.threads, max_model_len=1024, weights=args.weights)
+    engine = build_engine("", config)
     print(fingerprint().line())
-    shares = [measure(engine, int(batch)) for batch in args.batches.split(",")]
-    for share in shares:
+    batches = [int(batch) for batch in args.batches.split(",")]
+    rounds = [[measure(engine, batch) for batch in batches] for _ in range(args.rounds)]
+    shares, rows = [], []
+    for i, batch in enumerate(batches):
+        steps, natives = [r[i].step_us for r in rounds], [r[i].native_us for r in rounds]
+        share = Share(batch, median(steps), median(natives))
+        speed = median(r[0].step_us / r[i].step_us for r in rounds)
         print(
             f"{share.batch:3d} streams: step {share.step_us:8.0f} us, native "
-            f"{share.native_us:8.0f} us, Python {share.python_share:6.1%}"
+            f"{share.native_us:8.0f} us, Python {share.python_share:6.1%}, "
+            f"{speed:.2f} of the step speed of {batches[0]}, "
+            f"{1e6 * batch / share.step_us:,.0f} tok/s"
         )
+        shares.append(share)
+        rows.append({**asdict(share), "python_share": share.python_share, "step_speed": speed})
     if args.json:
-        rows = [{**asdict(share), "python_share": share.python_share} for share in shares]
         result = {"machine": fingerprint().as_dict(), "threads": args.threads, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if shares[0].python_share <= GOAL else 1

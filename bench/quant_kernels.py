@@ -7,7 +7,8 @@ Each call reads another copy of its weight, 140 MB in all, so weights come from 
 in a decode step; the calls are recorded on a tape and replayed, as in the engine. A result is
 checked against the reference before any clock starts. Medians of 21 repeats; bf16 is timed beside
 each shape, because the bandwidth of a shared machine drifts (here between 43 and 85 GB/s). The
-share is of max(bytes / measured bandwidth, products / measured peak); int8 has twice the peak.
+share is of max(bytes / measured bandwidth, products / measured peak); int8 has twice the peak. With
+one thread, instructions a cycle are printed too where the machine has hardware counters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import arithmetic_limit, read_limit
+from kernels import arithmetic_limit
+from perf_counters import Counters, open_counters
 from sterna.core.machine import fingerprint, num_usable_cpus
 from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls, quant_reference
 from sterna.kernels.cpu_backend import CpuBackend
@@ -31,6 +33,7 @@ from sterna.kernels.quant_weight import FlatWeight
 from sterna.kernels.tape import RecordingSink
 from sterna.kernels.tiles import TILE_ROWS, tile_grid
 from sterna.quant.formats import parse_format
+from stream_read import StreamReader
 
 # SmolLM2-135M, then shapes of a 1.1 B and a 3.8 B model: (in, out)
 SHAPES = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576),
@@ -42,10 +45,18 @@ Record = Callable[[RecordingSink, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Limits:
-    """GFLOP/s of the dots and GB/s of memory."""
+    """GFLOP/s of the dots and GB/s that plain reads get from memory."""
 
     gflops: float
     gbs: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a call; instructions a cycle of this thread, where they are counted."""
+
+    seconds: float
+    ipc: float | None
 
 
 def main() -> None:
@@ -66,8 +77,12 @@ def main() -> None:
 
 def bench(args: argparse.Namespace, threads: int) -> list[dict[str, object]]:
     backend = CpuBackend(threads)
-    limits = Limits(arithmetic_limit(backend, torch.bfloat16), read_limit(backend))
-    isa = backend.kernels.isa
+    reader = StreamReader(threads)
+    bandwidth = statistics.median(reader.gbs() for _ in range(3))
+    limits = Limits(arithmetic_limit(backend, torch.bfloat16), bandwidth)
+    isa, counters = backend.kernels.isa, open_counters()
+    if isinstance(counters, str):
+        print(counters)
     print(f"isa {isa}, {threads} threads, {limits.gbs:.1f} GB/s, bf16 {limits.gflops:.0f} GFLOP/s")
     found = []
     for name in args.shapes:
@@ -76,16 +91,17 @@ def bench(args: argparse.Namespace, threads: int) -> list[dict[str, object]]:
             if name == "head" and rows > 32:
                 continue
             plain = bf16_calls(backend, k, n)
-            base = clock(backend, plain, rows, k)
-            found.append(line(f"{name} {k}x{n}", "bf16", rows, threads, base, base, 2.0 * k * n,
-                              2.0 * rows * k * n, limits))  # fmt: skip
+            base = clock(backend, plain, rows, k, counters)
+            shape, flops = f"{name} {k}x{n}", 2.0 * rows * k * n
+            found.append(line(shape, "bf16", rows, threads, base, base.seconds, 2.0 * k * n,
+                              flops, limits))  # fmt: skip
             for fmt in args.formats:
                 calls, size = quant_calls(backend, fmt, k, n, args.int8)
-                seconds = clock(backend, calls, rows, k)
+                timing = clock(backend, calls, rows, k, counters)
                 peak = Limits(limits.gflops * (2 if args.int8 else 1), limits.gbs)
                 label = fmt + (" int8" if args.int8 else "")
-                found.append(line(f"{name} {k}x{n}", label, rows, threads, seconds, base, size,
-                                  2.0 * rows * k * n, peak))  # fmt: skip
+                found.append(line(shape, label, rows, threads, timing, base.seconds, size,
+                                  flops, peak))  # fmt: skip
     return found
 
 
@@ -137,19 +153,24 @@ def check(backend: CpuBackend, w: FlatWeight, k: int, n: int, is_int8: bool) -> 
         assert error <= 2**-7, f"kernel differs from reference by {error:.1e}"
 
 
-def clock(backend: CpuBackend, calls: list[Record], rows: int, k: int) -> float:
-    """Median seconds of a call: replays of a tape that holds one call a copy of the weight."""
+def clock(
+    backend: CpuBackend, calls: list[Record], rows: int, k: int, counters: Counters | str
+) -> Timing:
+    """Replays of a tape that holds one call a copy of the weight."""
     x, tape = torch.randn(rows, k).bfloat16(), _cpu.Tape()
     sink = RecordingSink(backend.kernels, tape, {x.data_ptr(): 0})
     used = calls if rows < 64 else calls[: max(1, len(calls) // 8)]  # bound by arithmetic there
     for call in used:
         call(sink, x)
+    counted = counters if isinstance(counters, Counters) and backend.kernels.threads == 1 else None
+    before = counted.read() if counted else None
     seconds, end = [], time.perf_counter() + MAX_SECONDS
     while len(seconds) < REPEATS and (time.perf_counter() < end or len(seconds) < 3):
         started = time.perf_counter()
         backend.kernels.replay(tape, rows, rows, 1)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) / len(used)
+    ipc = counted.read().since(before).ipc if counted and before else None
+    return Timing(statistics.median(seconds) / len(used), ipc)
 
 
 def line(
@@ -157,20 +178,22 @@ def line(
     fmt: str,
     rows: int,
     threads: int,
-    seconds: float,
+    timing: Timing,
     base: float,
     size: float,
     flops: float,
     limits: Limits,
 ) -> dict[str, object]:
+    seconds = timing.seconds
     gbs, gflops = size / seconds / 1e9, flops / seconds / 1e9
     share = max(gbs / limits.gbs, gflops / limits.gflops)
     print(f"{shape:18} {fmt:14} rows {rows:4} threads {threads} {seconds * 1e6:9.1f} us "
           f"{gbs:6.1f} GB/s {gflops:7.1f} GFLOP/s {share:6.1%} of the limit "
-          f"{base / seconds:5.2f} x bf16")  # fmt: skip
+          f"{base / seconds:5.2f} x bf16"
+          + (f" {timing.ipc:.2f} instructions a cycle" if timing.ipc else ""))  # fmt: skip
     return {"shape": shape, "format": fmt, "rows": rows, "threads": threads,
             "us": seconds * 1e6, "gbs": gbs, "gflops": gflops, "share": share,
-            "speedup": base / seconds}  # fmt: skip
+            "speedup": base / seconds, "ipc": timing.ipc}  # fmt: skip
 
 
 if __name__ == "__main__":
