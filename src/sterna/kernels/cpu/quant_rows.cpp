@@ -33,6 +33,8 @@ void embed_row(const QuantEmbedArgs& a, const Values<float>& values, int token, 
   const QuantWeight& w = a.w;
   int block = token / BLOCK, lane = token % BLOCK;
   const float* table = values.of[w.row_formats ? w.row_formats[token] & 1 : 0];
+  float scale = 0.f;
+  int scale_group = -1;  // the group of `scale`
   for (int t = 0; t < num_tiles(w); ++t) {
     for (int q = 0; q < 4; ++q) {
       words c[4];
@@ -40,7 +42,8 @@ void embed_row(const QuantEmbedArgs& a, const Values<float>& values, int token, 
       for (int i = 0; i < 16; ++i) {
         int k = t * TILE_K + k_of(q, i / 4, i % 4), group = w.group ? k / w.group : 0;
         if (k >= w.in_features) continue;
-        float v = table[c[i / 4][lane] >> (i % 4 * 8) & 255] * scales_of(w, block, group)[lane];
+        if (group != scale_group) scale = scales_of(w, block, scale_group = group)[lane];
+        float v = table[c[i / 4][lane] >> (i % 4 * 8) & 255] * scale;
         store_one(out + k, a.scale == 1.f ? v : v * a.scale);
       }
     }
