@@ -5,7 +5,7 @@
 // Per 256 codes of 6 bits: 3 loads, 10 shifts, 8 vpermi2w (those two kinds share two ports: 9
 // cycles), 5 ternary logic, and 8 dots a row on two other ports. 192 bytes in 9 cycles is 85 GB/s
 // a core, twice what memory gives to both, and 8 rows take 32 cycles: still about memory speed.
-#include "quant.h"
+#include "few.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -17,10 +17,6 @@ constexpr int MAX_BLOCKS = 6, MAX_MR = 8;
 
 // Output blocks a unit: 6 sums for one row, 16 registers of sums for more.
 constexpr int blocks_for(int rows) { return rows == 1 ? 6 : rows <= 4 ? 4 : 2; }
-// Bytes asked of memory before they are used. 4, 8 and 16 KB: 8 rows of 2048 x 5632 take 245, 220
-// and 226 us; the hardware alone, 580: each block is a stream too short for it.
-constexpr int AHEAD_BYTES = 8192;
-
 // One unit: `block` of the weight times all rows. The values of the codes, and the last, partial
 // tile of x (zero padded [rows][64]; null when whole), are made once.
 struct Few {
@@ -83,6 +79,7 @@ void few_sums(const Few& f, int row, vf (&total)[MR][NB]) {
   __mmask16 second[NB] = {};
   for (int b = 0; b < NB; ++b) {
     tile[b] = tile_at(w, f.block[b], 0);
+    prefetch_scales(w, f.block[b]);
     if (MIXED) second[b] = __mmask16(second_table_rows(w, f.block[b]));
   }
   constexpr int64_t TILE_BYTES = 128 * BITS;

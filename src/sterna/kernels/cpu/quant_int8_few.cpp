@@ -3,6 +3,7 @@
 // half of what bfloat16 takes: 8 rows are 16 cycles for 192 bytes, twice as fast as memory.
 // Integer sums are exact, so the bits are those of quant_int8.cpp whatever the order. Weights of two
 // planes (e3m2) stay with its panels.
+#include "few.h"
 #include "int8.h"
 
 namespace sterna {
@@ -12,7 +13,6 @@ namespace STERNA_ISA {
 namespace {
 
 constexpr int FEW_ROWS_MAX = 128, MAX_BLOCKS = 8;
-constexpr int64_t AHEAD_BYTES = 8192;  // asked of memory before they are used; see quant_few.cpp
 
 // Output blocks a unit: 8 sums for one row, 16 registers of sums for more.
 constexpr int blocks_for(int rows) { return rows == 1 ? 8 : rows <= 4 ? 4 : 2; }
@@ -94,7 +94,10 @@ void few_sums(const Few& f, int row, vf (&total)[MR][NB]) {
   constexpr int64_t AHEAD = (AHEAD_BYTES + NB * TILE_BYTES - 1) / (NB * TILE_BYTES);
   const int64_t next_unit = int64_t(f.a.gate ? NB / 2 - 1 : NB - 1) * tiles * TILE_BYTES;
   const uint8_t* tile[NB];
-  for (int b = 0; b < NB; ++b) tile[b] = tile_at(w, f.block[b], 0);
+  for (int b = 0; b < NB; ++b) {
+    tile[b] = tile_at(w, f.block[b], 0);
+    prefetch_scales(w, f.block[b]);
+  }
   for (int first = 0; first < tiles; first += size) {
     const int stop = first + size < tiles ? first + size : tiles;
     Parts sum;
