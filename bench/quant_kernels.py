@@ -85,20 +85,20 @@ def bench(args: argparse.Namespace, threads: int) -> list[dict[str, object]]:
         print(counters)
     print(f"isa {isa}, {threads} threads, {limits.gbs:.1f} GB/s, bf16 {limits.gflops:.0f} GFLOP/s")
     found = []
+    peak = Limits(limits.gflops * (2 if args.int8 else 1), limits.gbs)
     for name in args.shapes:
         k, n = SHAPES[name]
+        plain = bf16_calls(backend, k, n)
+        packed = {fmt: quant_calls(backend, fmt, k, n, args.int8) for fmt in args.formats}
         for rows in args.rows:
             if name == "head" and rows > 32:
                 continue
-            plain = bf16_calls(backend, k, n)
             base = clock(backend, plain, rows, k, counters)
             shape, flops = f"{name} {k}x{n}", 2.0 * rows * k * n
             found.append(line(shape, "bf16", rows, threads, base, base.seconds, 2.0 * k * n,
                               flops, limits))  # fmt: skip
-            for fmt in args.formats:
-                calls, size = quant_calls(backend, fmt, k, n, args.int8)
+            for fmt, (calls, size) in packed.items():
                 timing = clock(backend, calls, rows, k, counters)
-                peak = Limits(limits.gflops * (2 if args.int8 else 1), limits.gbs)
                 label = fmt + (" int8" if args.int8 else "")
                 found.append(line(shape, label, rows, threads, timing, base.seconds, size,
                                   flops, peak))  # fmt: skip
