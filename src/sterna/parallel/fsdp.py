@@ -87,5 +87,5 @@ def _average(grads: list[Tensor], axis: Axis) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat, group=axis.group)
     flat /= axis.size
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+    for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))

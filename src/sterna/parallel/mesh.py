@@ -50,8 +50,8 @@ class Mesh:
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
         """The mesh of one process."""
-        one = (Axis(name) for name in ("dp", "sp", "tp", "data"))
-        return Mesh(*one, torch.device(device))
+        dp, sp, tp, data = (Axis(name) for name in ("dp", "sp", "tp", "data"))
+        return Mesh(dp, sp, tp, data, torch.device(device))
 
     @property
     def rank(self) -> int:
@@ -151,8 +151,8 @@ def _build(sizes: tuple[int, int, int], device: torch.device) -> Mesh:
         "tp": grid.reshape(-1, sizes[2]),
         "data": grid.permute(2, 0, 1).reshape(sizes[2], -1),
     }
-    axes = [_axis(name, [tuple(line) for line in grid.tolist()]) for name, grid in lines.items()]
-    return Mesh(*axes, device)
+    axes = {n: _axis(n, [tuple(line) for line in grid.tolist()]) for n, grid in lines.items()}
+    return Mesh(**axes, device=device)
 
 
 def _axis(name: str, lists: list[tuple[int, ...]]) -> Axis:

@@ -107,10 +107,10 @@ def flatten(batch: Mapping[str, Any]) -> FlatRow:
     places = default if positions is None else torch.as_tensor(positions)
     mask = batch.get("attention_mask")
     kept = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
-    keep = kept.bool() & (labels.ne(IGNORE) | kept.ne(0))
+    keep = kept.bool()
     row_idx = torch.arange(tokens.shape[0])[:, None].expand_as(tokens)
-    flat = [x[keep] for x in (tokens, labels, places.expand_as(tokens), row_idx)]
-    return _documents(*flat, restart=positions is None)
+    places = places.expand_as(tokens)[keep]
+    return _documents(tokens[keep], labels[keep], places, row_idx[keep], positions is None)
 
 
 def _documents(

@@ -148,7 +148,7 @@ class ParallelPlan:
     ) -> Tensor:
         """Queries of my segment over the keys and values of all segments."""
         num_heads, num_kv_heads, _ = shape
-        q, kv = qkv.split([num_heads, 2 * num_kv_heads], dim=1)
+        q, kv = torch.split(qkv, [num_heads, 2 * num_kv_heads], dim=1)
         lengths = [sum(self._segment(sizes, r)) for r in range(self.ring.size)]
         k, v = all_gather(kv, self.ring, lengths).chunk(2, dim=1)
         first = sum(lengths[: self.ring.rank])
