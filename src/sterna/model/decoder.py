@@ -88,6 +88,15 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.logits(hidden, self.config.logits_softcap)
 
+    def head_weight(self) -> Tensor:
+        """The weight of the logits [V, D]: the embedding's where they are tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight
+
+    def head_bias(self) -> Tensor | None:
+        """The bias of the logits; no family of the table has one."""
+        return None
+
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""
         return self.logits(self.hidden(batch))
