@@ -6,9 +6,12 @@ Field descriptions are the help text (`sterna train --settings`) and the docs ta
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sterna.data.config import DataConfig
+from sterna.parallel.config import ParallelConfig
 
 Kind = Literal["sft", "pretrain", "distill"]
 
@@ -28,7 +31,9 @@ class ModelSection(Section):
     config: Path | None = Field(
         None, description="config.json of a model to make from scratch; excludes path"
     )
-    tokenizer: str = Field("", description="folder or .gguf with the tokenizer; empty = the model's")
+    tokenizer: str = Field(
+        "", description="folder or .gguf with the tokenizer; empty = the model's"
+    )
     backend: Literal["auto", "native", "hf"] = Field(
         "auto", description="native decoder, transformers' own model, or native where it is known"
     )
@@ -127,8 +132,13 @@ class EvalSection(Section):
     """Loss on text the run does not train on."""
 
     every: int = Field(0, ge=0, description="steps between evals; 0 = only at the end")
+    data: DataConfig | None = Field(
+        None, description="files of their own; None = what data.held_out keeps out of training"
+    )
     max_rows: int = Field(64, gt=0, description="packed rows of one eval")
-    patience: int = Field(0, ge=0, description="evals without a better loss before it stops; 0 = go on")
+    patience: int = Field(
+        0, ge=0, description="evals without a better loss before it stops; 0 = go on"
+    )
     min_delta: float = Field(0.0, ge=0, description="how much lower counts as better")
 
 
@@ -137,10 +147,11 @@ class Recipe(Section):
 
     kind: Kind = Field("sft", description="sft (chats), pretrain (texts) or distill")
     model: ModelSection = ModelSection()
-    data: dict[str, Any] = Field({}, description="what is read")
+    data: DataConfig
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     run: RunSection = RunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
+    parallel: ParallelConfig = ParallelConfig()

@@ -1,10 +1,10 @@
 """`train(recipe)`: the training loop, to be read as a table of contents.
 
-    from sterna.train.config import Recipe
-    from sterna.train.loop import train
+from sterna.train.config import Recipe
+from sterna.train.loop import train
 
-    result = train(Recipe(data={"sources": [{"path": "chats.jsonl"}]}, run={"steps": 200}))
-    print(result.loss, result.model)
+result = train(Recipe(data={"sources": [{"path": "chats.jsonl"}]}, run={"steps": 200}))
+print(result.loss, result.model)
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def train(
     Raises ConfigError, DataError, ModelError, NonFiniteError (the state before the bad step is
     kept) or CheckpointError (the last good checkpoint is intact).
     """
-    with build(recipe, hooks, task, generate) as trainer, StopSignals() as signals:
-        trainer.start(resume)
+    with build(recipe, resume, hooks, task, generate) as trainer, StopSignals() as signals:
+        trainer.start()
         for rows in trainer.steps():
             loss = trainer.compute_gradients(rows)
             trainer.check_finite(loss, rows)

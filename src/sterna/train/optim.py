@@ -107,7 +107,13 @@ class AdamW:
             weight.copy_(rounding.to_bfloat16(w, rounding.low(rounding.noise(w, source))))
 
     def _fused(
-        self, w: Tensor, g: Tensor, moments: tuple[Tensor, Tensor], step: int, lr: float, decay: float
+        self,
+        w: Tensor,
+        g: Tensor,
+        moments: tuple[Tensor, Tensor],
+        step: int,
+        lr: float,
+        decay: float,
     ) -> None:
         settings = self._settings
         adamw(
@@ -232,4 +238,8 @@ def _encode(x: Tensor, codes: Tensor, scales: Tensor, bits: Tensor, least: float
     scaled = x / safe
     if least:
         scaled = torch.where(x > 0, scaled.clamp_(min=least), scaled)
-    codes.copy_(rounding.to_e4m3(scaled.clamp_(-rounding.E4M3_MAX, rounding.E4M3_MAX), bits).view(torch.uint8))
+    codes.copy_(
+        rounding.to_e4m3(scaled.clamp_(-rounding.E4M3_MAX, rounding.E4M3_MAX), bits).view(
+            torch.uint8
+        )
+    )

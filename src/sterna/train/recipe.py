@@ -12,9 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
+from sterna.data.config import DataConfig, SourceConfig
 from sterna.train.config import Recipe
 
 Layer = Mapping[str, Any]
+# Sources have no default: this one stands for "none given".
+_DEFAULTS = Recipe(data=DataConfig(sources=(SourceConfig(path="-"),)))
 
 
 def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -60,14 +63,21 @@ def merge_into(target: dict[str, Any], layer: Layer) -> None:
             target[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def flatten(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, JSON-able value) of every setting, in the order of definition."""
-    yield from _flatten(model.model_dump(mode="json"), prefix)
+def flatten(model: Recipe) -> Iterator[tuple[str, Any]]:
+    """(dotted key, JSON-able value) of every setting, in the order of definition.
+
+    Sources are given by what differs from a source's defaults.
+    """
+    values = model.model_dump(mode="json")
+    values["data"]["sources"] = [
+        source.model_dump(mode="json", exclude_defaults=True) for source in model.data.sources
+    ]
+    yield from _flatten(values, "")
 
 
-def changes(recipe: BaseModel, base: BaseModel | None = None) -> dict[str, tuple[Any, Any]]:
+def changes(recipe: Recipe, base: Recipe | None = None) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `base`, value here) where they differ; base None = the defaults."""
-    old = dict(flatten(base or type(recipe)()))
+    old = dict(flatten(base or _DEFAULTS))
     new = dict(flatten(recipe))
     return {
         key: (old.get(key), new.get(key))

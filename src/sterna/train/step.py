@@ -26,6 +26,7 @@ from sterna.model.batch import Batch
 from sterna.parallel.collectives import total
 from sterna.parallel.mesh import Mesh
 from sterna.train.longseq.head import chunked_cross_entropy
+from sterna.train.neftune import Neftune
 
 
 class TrainModel(Protocol):
@@ -75,14 +76,20 @@ class TrainStep:
     """Runs forward and backward of a step's rows; gradients are left in the parameters."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, micro_rows: int = 1, loss: Loss = cross_entropy
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        micro_rows: int = 1,
+        loss: Loss = cross_entropy,
+        neftune: Neftune | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
         self._micro_rows = micro_rows
         self._loss = loss
+        self._neftune = neftune
 
-    def run(self, rows: Sequence[PackedRow]) -> StepLoss:
+    def run(self, rows: Sequence[PackedRow], step: int = 0) -> StepLoss:
         """Gradients of this rank's rows. TrainError when no rank has a valid target."""
         counts = self._counts(rows)
         num_targets, num_tokens = (int(n) for n in counts)
@@ -92,7 +99,7 @@ class TrainStep:
                 "the samples have answers"
             )
         factor = self._mesh.data.size / num_targets
-        sums = [self._micro(micro, factor) for micro in self._micros(rows)]
+        sums = [self._micro(m, factor, step, i) for i, m in enumerate(self._micros(rows))]
         return self._sum_up(torch.stack(sums), num_targets, num_tokens)
 
     @torch.no_grad()
@@ -102,8 +109,11 @@ class TrainStep:
         sums = [self._loss(self._model, *self._inputs(m)).double() for m in self._micros(rows)]
         return float(total(torch.stack(sums).sum(), self._mesh.data)), num_targets
 
-    def _micro(self, rows: Sequence[PackedRow], factor: float) -> Tensor:
-        loss = self._loss(self._model, *self._inputs(rows))
+    def _micro(self, rows: Sequence[PackedRow], factor: float, step: int, micro: int) -> Tensor:
+        batch, targets = self._inputs(rows)
+        if self._neftune is not None:
+            self._neftune.arm(batch, step, micro)
+        loss = self._loss(self._model, batch, targets)
         (loss * factor).backward()
         return loss.detach().double()
 

@@ -1,0 +1,41 @@
+"""NEFTune (arXiv 2310.05914): uniform noise on the embeddings while training.
+
+A token of a document of n tokens and hidden size d gets noise in +-alpha / sqrt(n d). Packed
+documents keep their own n. Noise is a function of (seed, step, micro-batch, rank): it repeats after a
+resume.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sterna.model.batch import Batch
+from sterna.train import rounding
+
+
+class Neftune:
+    """Adds noise to the output of an embedding module between `arm` and the next forward of it."""
+
+    def __init__(self, embedding: nn.Module, alpha: float, seed: int, rank: int = 0) -> None:
+        self._alpha = alpha
+        self._words = (seed, rank)
+        self._next: tuple[Batch, torch.Generator] | None = None
+        embedding.register_forward_hook(self._add)
+
+    def arm(self, batch: Batch, step: int, micro: int) -> None:
+        """Noise for the forward of `batch` that follows."""
+        self._next = (batch, rounding.generator(*self._words, step, micro))
+
+    def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._next is None:
+            return output
+        (batch, source), self._next = self._next, None
+        lengths = batch.query_starts.diff().long()
+        widths = self._alpha / (lengths * output.shape[-1]).double().sqrt()
+        per_token = widths.repeat_interleave(lengths).to(torch.float32).cpu()
+        shape = (per_token.numel(), output.shape[-1])
+        noise = (torch.rand(shape, generator=source) * 2 - 1) * per_token[:, None]
+        return output + noise.to(output).view_as(output)
