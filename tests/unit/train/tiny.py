@@ -76,7 +76,7 @@ def write_chats(path: Path, count: int = 200, seed: int = 0) -> Path:
 
 
 def recipe(folder: Path, **sections: dict[str, object]) -> Recipe:
-    """A small run in `folder`/run on `folder`/model and `folder`/chats.jsonl (made when missing)."""
+    """A small run in `folder`/run on `folder`/model and chats.jsonl, made when missing."""
     if not (folder / "model").exists():
         write_model(folder / "model")
         write_chats(folder / "chats.jsonl")
