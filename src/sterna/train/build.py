@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from sterna.train.ema import Ema
 from sterna.train.flops import FlopCounter, measure_peak
 from sterna.train.hooks import Hook
 from sterna.train.metrics import MetricsFile
-from sterna.train.neftune import Neftune
+from sterna.train.neftune import Neftune, embedding_of
 from sterna.train.optim import AdamW
 from sterna.train.parts import Parts, trained
 from sterna.train.pretrain import Pretrain
@@ -59,7 +60,7 @@ def build(
     torch.manual_seed(recipe.run.seed + mesh.rank)
     model = task.build(recipe, mesh, source)
     tokenizer = load_tokenizer(_tokenizer_path(recipe))
-    _check_vocabulary(tokenizer, model.config.vocab_size)
+    _check_vocabulary(tokenizer, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     weights = trained(model)
@@ -88,7 +89,7 @@ def build(
 def _new_step(recipe: Recipe, mesh: Mesh, model: torch.nn.Module, task: Task) -> TrainStep:
     alpha, noise = recipe.model.neftune_alpha, None
     if alpha:
-        noise = Neftune(model.embed_tokens, alpha, recipe.run.seed, mesh.rank)
+        noise = Neftune(embedding_of(model), alpha, recipe.run.seed, mesh.rank)
     return TrainStep(model, mesh, recipe.run.micro_rows, task.loss(), noise)
 
 
@@ -113,7 +114,8 @@ def _tokenizer_path(recipe: Recipe) -> Path:
     return resolve_model(recipe.model.path)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, model: Any) -> None:
+    vocab_size = int(model.config.vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {vocab_size:,} rows for "

@@ -6,8 +6,8 @@
       trainer.json    counters, data position, recipe
       COMPLETE        every file with its size, written last
 
-It is written beside its place (`.step-00000100.tmp`), every file and folder synced, then renamed, so
-a folder of that name is whole. COMPLETE finds what happens later: a copy that was cut short.
+It is written beside its place (`.step-00000100.tmp`), every file and folder synced, then renamed,
+so a folder of that name is whole. COMPLETE finds what happens later: a copy that was cut short.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from sterna.core.errors import CheckpointError
 from sterna.core.log import get_logger
@@ -124,7 +126,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Fill the tensors of `state` in place. CheckpointError where names or shapes do not fit."""
-    reader = dcp.FileSystemReader(folder / STATE)
+    reader = FileSystemReader(folder / STATE)
     stored = reader.read_metadata().state_dict_metadata
     for key, tensor in state.items():
         found = stored.get(key)
@@ -132,10 +134,10 @@ def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
         if size != tensor.shape:
             raise CheckpointError(
                 f"{folder}: no state {key} of shape {tuple(tensor.shape)} (found "
-                f"{None if size is None else tuple(size)}); it belongs to another model or optimizer"
+                f"{None if size is None else tuple(size)}); it is of another model or optimizer"
             )
     _quiet()
-    dcp.load(dict(state), storage_reader=reader, no_dist=not dist.is_initialized())
+    load(dict(state), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def remove(folder: Path) -> None:
@@ -180,8 +182,8 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
 
 def _save_state(folder: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     _quiet()
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
-    dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
+    writer = FileSystemWriter(folder, sync_files=True)
+    save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def _quiet() -> None:

@@ -101,12 +101,21 @@ class Checkpointer:
         )
 
 
-def _reason(error: BaseException) -> str:
-    """The cause of an error: DCP hides an OSError of some rank in its own."""
-    failures = getattr(error, "failures", None) or {}
-    for failure in failures.values():
-        inner = failure[0] if isinstance(failure, tuple) else failure
-        return _reason(inner)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: BaseException | None) -> str:
+    """The OSError behind an error where there is one: DCP and zip writers bury it."""
+    shown = _unwrapped(error)
+    deeper: BaseException | None = shown
+    while deeper is not None:
+        if isinstance(deeper, OSError) and deeper.strerror:
+            return deeper.strerror
+        deeper = deeper.__cause__ or deeper.__context__
+    text = str(shown).strip()
+    return text.splitlines()[0] if text else type(shown).__name__
+
+
+def _unwrapped(error: BaseException | None) -> BaseException | None:
+    """The first rank's own error inside a DCP error."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return error
+    first: BaseException = next(iter(error.failures.values()))[0]
+    return first

@@ -26,23 +26,30 @@ class ModelSection(Section):
     """Which weights are trained."""
 
     path: str = Field(
-        "", description="folder, .gguf file or hub name to continue from; empty = default model"
+        default="",
+        description="folder, .gguf file or hub name to continue from; empty = default model",
     )
     config: Path | None = Field(
-        None, description="config.json of a model to make from scratch; excludes path"
+        default=None, description="config.json of a model to make from scratch; excludes path"
     )
     tokenizer: str = Field(
-        "", description="folder or .gguf with the tokenizer; empty = the model's"
+        default="", description="folder or .gguf with the tokenizer; empty = the model's"
     )
     backend: Literal["auto", "native", "hf"] = Field(
-        "auto", description="native decoder, transformers' own model, or native where it is known"
+        default="auto",
+        description="native decoder, transformers' own model, or native where it is known",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="weights and activations; bfloat16 keeps float32 master weights"
+        default="bfloat16",
+        description="weights and activations; bfloat16 keeps float32 master weights",
     )
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N"
+    )
     neftune_alpha: float = Field(
-        0.0, ge=0, description="noise on the embeddings (arXiv 2310.05914); 5 is usual, 0 = none"
+        default=0.0,
+        ge=0,
+        description="noise on the embeddings (arXiv 2310.05914); 5 is usual, 0 = none",
     )
 
     @model_validator(mode="after")
@@ -55,22 +62,29 @@ class ModelSection(Section):
 class OptimSection(Section):
     """AdamW (arXiv 1711.05101) and what it keeps."""
 
-    lr: float = Field(2e-5, gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled; norms and biases have none")
-    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 = no limit")
+    lr: float = Field(default=2e-5, gt=0, description="peak learning rate")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="decoupled; norms and biases have none"
+    )
+    grad_clip: float = Field(
+        default=1.0, ge=0, description="largest global gradient norm; 0 = no limit"
+    )
     states: Literal["float32", "bfloat16", "8bit"] = Field(
-        "float32", description="how moments are kept: 8, 4 or about 2 bytes a weight"
+        default="float32", description="how moments are kept: 8, 4 or about 2 bytes a weight"
     )
     master: bool = Field(
-        True,
+        default=True,
         description="float32 master of bfloat16 weights; false = stochastic rounding, 4 bytes "
         "a weight less",
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="average of the weights, used by eval and export; 0 = none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="average of the weights, used by eval and export; 0 = none",
     )
 
 
@@ -78,74 +92,86 @@ class ScheduleSection(Section):
     """The learning rate over the steps."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="wsd = warm up, stay, decay at the end (arXiv 2404.06395)"
+        default="cosine", description="wsd = warm up, stay, decay at the end (arXiv 2404.06395)"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps from 0 to the peak")
+    warmup_steps: int = Field(default=0, ge=0, description="steps from 0 to the peak")
     decay_steps: int | None = Field(
-        None, gt=0, description="wsd: steps of the final decay; None = a tenth of all"
+        default=None, gt=0, description="wsd: steps of the final decay; None = a tenth of all"
     )
-    min_ratio: float = Field(0.1, ge=0, le=1, description="final share of the peak")
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="final share of the peak")
     total_steps: int | None = Field(
-        None, gt=0, description="horizon of the schedule; None = run.steps"
+        default=None, gt=0, description="horizon of the schedule; None = run.steps"
     )
 
 
 class RunSection(Section):
     """How long, how much at a time, and where to."""
 
-    output: Path = Field(Path("runs/train"), description="folder of the run")
-    steps: int = Field(100, gt=0, description="optimizer steps")
-    rows_per_step: int = Field(8, gt=0, description="packed rows of one step, over all ranks")
-    micro_rows: int = Field(1, gt=0, description="rows a rank runs at once; the rest accumulates")
-    seed: int = Field(0, ge=0, description="of weights, data order and noise")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    output: Path = Field(default=Path("runs/train"), description="folder of the run")
+    steps: int = Field(default=100, gt=0, description="optimizer steps")
+    rows_per_step: int = Field(
+        default=8, gt=0, description="packed rows of one step, over all ranks"
+    )
+    micro_rows: int = Field(
+        default=1, gt=0, description="rows a rank runs at once; the rest accumulates"
+    )
+    seed: int = Field(default=0, ge=0, description="of weights, data order and noise")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
 
 
 class CheckpointSection(Section):
     """When the run is saved and what is kept."""
 
-    every: int = Field(100, ge=0, description="steps between checkpoints; 0 = only at the end")
-    keep_last: int = Field(2, gt=0, description="newest checkpoints kept")
-    keep_best: bool = Field(True, description="also keep that of the lowest eval loss")
+    every: int = Field(
+        default=100, ge=0, description="steps between checkpoints; 0 = only at the end"
+    )
+    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    keep_best: bool = Field(default=True, description="also keep that of the lowest eval loss")
     is_async: bool = Field(
-        True, description="write in the background from a copy in memory (needs that memory)"
+        default=True,
+        description="write in the background from a copy in memory (needs that memory)",
     )
 
 
 class LogSection(Section):
     """What is written while it runs."""
 
-    every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(True, description="write TensorBoard events, if it is installed")
-    mlflow: bool = Field(False, description="log to MLflow")
-    wandb: bool = Field(False, description="log to Weights & Biases")
-    project: str = Field("sterna", description="MLflow experiment or W&B project")
-    peak_tflops: float = Field(
-        0.0, ge=0, description="of the device, for MFU; 0 = measured by a short matmul"
+    every: int = Field(default=1, gt=0, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard events, if it is installed"
     )
-    report: bool = Field(True, description="write report.html at the end")
-    sample_prompts: tuple[str, ...] = Field((), description="prompts answered in the report")
-    sample_tokens: int = Field(64, gt=0, description="longest answer in the report")
+    mlflow: bool = Field(default=False, description="log to MLflow")
+    wandb: bool = Field(default=False, description="log to Weights & Biases")
+    project: str = Field(default="sterna", description="MLflow experiment or W&B project")
+    peak_tflops: float = Field(
+        default=0.0, ge=0, description="of the device, for MFU; 0 = measured by a short matmul"
+    )
+    report: bool = Field(default=True, description="write report.html at the end")
+    sample_prompts: tuple[str, ...] = Field(
+        default=(), description="prompts answered in the report"
+    )
+    sample_tokens: int = Field(default=64, gt=0, description="longest answer in the report")
 
 
 class EvalSection(Section):
     """Loss on text the run does not train on."""
 
-    every: int = Field(0, ge=0, description="steps between evals; 0 = only at the end")
+    every: int = Field(default=0, ge=0, description="steps between evals; 0 = only at the end")
     data: DataConfig | None = Field(
-        None, description="files of their own; None = what data.held_out keeps out of training"
+        default=None,
+        description="files of their own; None = what data.held_out keeps out of training",
     )
-    max_rows: int = Field(64, gt=0, description="packed rows of one eval")
+    max_rows: int = Field(default=64, gt=0, description="packed rows of one eval")
     patience: int = Field(
-        0, ge=0, description="evals without a better loss before it stops; 0 = go on"
+        default=0, ge=0, description="evals without a better loss before it stops; 0 = go on"
     )
-    min_delta: float = Field(0.0, ge=0, description="how much lower counts as better")
+    min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
 
 
 class Recipe(Section):
     """Everything a run is made of; `sterna train` reads it from TOML files."""
 
-    kind: Kind = Field("sft", description="sft (chats), pretrain (texts) or distill")
+    kind: Kind = Field(default="sft", description="sft (chats), pretrain (texts) or distill")
     model: ModelSection = ModelSection()
     data: DataConfig
     optim: OptimSection = OptimSection()
@@ -154,4 +180,6 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = Field(
+        default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"
+    )

@@ -1,8 +1,8 @@
 """NEFTune (arXiv 2310.05914): uniform noise on the embeddings while training.
 
 A token of a document of n tokens and hidden size d gets noise in +-alpha / sqrt(n d). Packed
-documents keep their own n. Noise is a function of (seed, step, micro-batch, rank): it repeats after a
-resume.
+documents keep their own n. Noise is a function of (seed, rank, step, micro-batch): it repeats after
+a resume.
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sterna.core.errors import ConfigError
 from sterna.model.batch import Batch
 from sterna.train import rounding
+
+
+def embedding_of(model: nn.Module) -> nn.Module:
+    """The module that turns tokens into the first hidden states."""
+    named: Any = getattr(model, "get_input_embeddings", None)
+    found = named() if named is not None else getattr(model, "embed_tokens", None)
+    if not isinstance(found, nn.Module):
+        raise ConfigError(
+            f"model.neftune_alpha is set, but {type(model).__name__} shows no embedding; "
+            "set it to 0"
+        )
+    return found
 
 
 class Neftune:

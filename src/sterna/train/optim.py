@@ -6,8 +6,8 @@
 The arithmetic is torch's fused float32 kernel in every case; storage decides what a slice is
 loaded from and rounded to:
 
-    weights   float32: in place. bfloat16 with a master: the float32 master is updated and the weight
-              is its nearest bfloat16. Without: the update is rounded stochastically.
+    weights   float32: in place. bfloat16 with a master: the float32 master is updated and the
+              weight is its nearest bfloat16. Without: the update is rounded stochastically.
     moments   float32: in place. bfloat16: rounded stochastically. 8bit: float8 e4m3 times a
               float32 scale for each block of 256 (as in arXiv 2110.02861, with e4m3's own exponents
               for its dynamic codes), rounded stochastically; v is kept as its root, never below the

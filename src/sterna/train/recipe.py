@@ -12,12 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
-from sterna.data.config import DataConfig, SourceConfig
 from sterna.train.config import Recipe
 
 Layer = Mapping[str, Any]
 # Sources have no default: this one stands for "none given".
-_DEFAULTS = Recipe(data=DataConfig(sources=(SourceConfig(path="-"),)))
+_DEFAULTS = Recipe.model_validate({"data": {"sources": [{"path": "-"}]}})
 
 
 def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -122,16 +121,16 @@ def _siblings(path: Sequence[str]) -> list[str]:
     model: Any = Recipe
     for part in path[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
-        model = _model_of(field.annotation) if field is not None else model
+        model = model_of(field.annotation) if field is not None else model
     prefix = ".".join(path[:-1])
     return [f"{prefix}.{name}" if prefix else name for name in getattr(model, "model_fields", {})]
 
 
-def _model_of(annotation: Any) -> Any:
+def model_of(annotation: Any) -> Any:
     """The settings model inside an annotation such as `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = (_model_of(inner) for inner in getattr(annotation, "__args__", ()))
+    found = (model_of(inner) for inner in getattr(annotation, "__args__", ()))
     return next((model for model in found if model is not None), None)
 
 

@@ -70,10 +70,11 @@ def render(recipe: Recipe, facts: dict[str, str], samples: Sequence[tuple[str, s
     lines = list(read_metrics(recipe.run.output / FILE))
     steps = [line for line in lines if line["kind"] == "step"]
     evals = [line for line in lines if line["kind"] == "eval"]
+    subtitle = f"Sterna {__version__}, {recipe.kind}; {fingerprint().line()}"
     title = f"Training report: {recipe.run.output.name}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class=dim>{html.escape(f'Sterna {__version__}, {recipe.kind}; {fingerprint().line()}')}</p>",
+        f"<p class=dim>{html.escape(subtitle)}</p>",
         _fact_row(facts),
         f"<div class=charts>{''.join(_charts(steps, evals))}</div>",
         "<h2>Settings that differ from the defaults</h2>",
@@ -112,8 +113,8 @@ def _charts(steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Iterabl
     if not steps and not evals:
         return
     loss = _points(steps, "loss")
-    yield draw("loss", {"train (raw)": loss, "train": smoothed(loss), "held out": _points(evals, "loss")}
-               if evals else {"train (raw)": loss, "train": smoothed(loss)})  # fmt: skip
+    held_out = {"held out": _points(evals, "loss")} if evals else {}
+    yield draw("loss", {"train (raw)": loss, "train": smoothed(loss), **held_out})
     for key, title in (
         ("lr", "learning rate"),
         ("grad_norm", "gradient norm before clipping"),

@@ -16,7 +16,7 @@ from sterna.train.recipe import changes, make_recipe
 
 _log = get_logger(__name__)
 
-# What a resumed run may change: how long, where to, how often, and what does not change a bit of it.
+# What a resumed run may change: how long, where to, how often, and what changes no bit of it.
 FREE = (
     "run.steps",
     "run.output",
@@ -37,15 +37,16 @@ def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
     in more than FREE; CheckpointError for another number of ranks.
     """
     folder = recipe.run.output / "checkpoints"
-    newest = broadcast_object(_tidied(folder) if mesh.is_main else None, mesh.data)
+    found = _tidied(folder) if mesh.is_main else None
+    newest: Path | None = broadcast_object(found, mesh.data)
     if newest is None:
         if resume:
             _log.warning("%s has no checkpoint; starting from the beginning", recipe.run.output)
         return None
     if not resume:
         raise ConfigError(
-            f"{recipe.run.output} holds a run already ({newest.name}); go on with --resume, or give "
-            "another run.output",
+            f"{recipe.run.output} holds a run already ({newest.name}); go on with --resume, or "
+            "give another run.output",
             param="run.output",
         )
     meta = checkpoint.read_meta(newest)
@@ -61,8 +62,8 @@ def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())
         raise ConfigError(
-            f"the recipe differs from that of {folder}: {named}. Only {', '.join(FREE)} may change; "
-            "restore it, or start a new run with model.path = that checkpoint",
+            f"the recipe differs from that of {folder}: {named}. Only {', '.join(FREE)} may "
+            "change; restore it, or start a new run with model.path = that checkpoint",
         )
 
 

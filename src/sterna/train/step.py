@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sterna.core.errors import TrainError
-from sterna.data.pack import IGNORE, PackedRow
+from sterna.data.pack import PackedRow
 from sterna.model.batch import Batch
 from sterna.parallel.collectives import total
 from sterna.parallel.mesh import Mesh
@@ -114,7 +114,7 @@ class TrainStep:
         if self._neftune is not None:
             self._neftune.arm(batch, step, micro)
         loss = self._loss(self._model, batch, targets)
-        (loss * factor).backward()
+        torch.autograd.backward(loss * factor)
         return loss.detach().double()
 
     def _sum_up(self, sums: Tensor, num_targets: int, num_tokens: int) -> StepLoss:
@@ -141,7 +141,12 @@ def as_batch(rows: Sequence[PackedRow], device: torch.device) -> tuple[Batch, Te
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.concatenate([row.tokens for row in rows])
     positions = np.concatenate([row.positions for row in rows])
-    batch = Batch(*(_int32(x, device) for x in (tokens, positions, starts, lengths)))
+    batch = Batch(
+        tokens=_int32(tokens, device),
+        positions=_int32(positions, device),
+        query_starts=_int32(starts, device),
+        context_lens=_int32(lengths, device),
+    )
     targets = np.concatenate([row.targets for row in rows]).astype(np.int64)
     return batch, torch.from_numpy(targets).to(device)
 

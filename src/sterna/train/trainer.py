@@ -107,8 +107,8 @@ class Trainer:
         what = f"loss {loss.loss}" if not np.isfinite(loss.loss) else f"gradient norm {self._norm}"
         raise NonFiniteError(
             f"step {step + 1}: {what} in {self._name(rows, loss.bad_micro)}; its tokens are in "
-            f"{dump}, the state before it in {newest(self._checkpointer.parent)}; remove the sample or "
-            "lower optim.lr, then continue with --resume"
+            f"{dump}, the state before it in {newest(self._checkpointer.parent)}; remove the "
+            "sample or lower optim.lr, then continue with --resume"
         )
 
     def update_weights(self, loss: StepLoss) -> None:
@@ -158,7 +158,7 @@ class Trainer:
         self.outcome = self.outcome or outcome
 
     def evaluate(self) -> EvalStats | None:
-        """Loss on the held-out rows (with the averaged weights, if kept); None without such rows."""
+        """Loss on the held-out rows, of averaged weights where kept; None without such rows."""
         if not self.parts.eval_rows:
             return None
         started, counters = time.perf_counter(), self.counters
