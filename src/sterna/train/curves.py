@@ -8,15 +8,16 @@ from typing import Any
 
 Points = Sequence[tuple[int, float]]
 _COLORS = ("#2463a6", "#c1571b")
-_SMOOTH = 0.9
+_SPANS = 40  # a running mean reaches back over a 40th of the curve
 
 
 def smoothed(points: Points) -> list[tuple[int, float]]:
-    """The running mean with factor 0.9, corrected for its start (as Adam's)."""
+    """An exponential mean over a 40th of the points, corrected for its start (as Adam's)."""
+    keep = 1 - 1 / max(1, len(points) / _SPANS)
     mean, weight, result = 0.0, 0.0, []
     for step, value in points:
-        mean = _SMOOTH * mean + (1 - _SMOOTH) * value
-        weight = _SMOOTH * weight + (1 - _SMOOTH)
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         result.append((step, mean / weight))
     return result
 
@@ -34,7 +35,7 @@ def draw(title: str, lines: dict[str, Points]) -> str:
         steps, values = [p[0] for p in points], [p[1] for p in points]
         axes.plot(
             steps, values, color=color, linewidth=0.8 if is_raw else 1.6,
-            alpha=0.35 if is_raw else 1.0, label=None if is_raw else name,
+            alpha=0.45 if is_raw else 1.0, label=None if is_raw else name,
             marker="o" if len(points) < 3 else None, markersize=3,
         )  # fmt: skip
     axes.set_title(title, fontsize=10, loc="left")

@@ -25,11 +25,10 @@ def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError naming the file or flag: unreadable, no TOML, an unknown key (with the
     nearest name) or a value that is not allowed.
     """
+    flags = [parse_override(flag) for flag in overrides]
     merged: dict[str, Any] = {}
-    for path in files:
-        merge_into(merged, _read_file(path))
-    for flag in overrides:
-        merge_into(merged, parse_override(flag))
+    for layer in (*map(_read_file, files), *flags):
+        merge_into(merged, layer)
     return make_recipe(merged)
 
 
@@ -77,6 +76,8 @@ def flatten(model: Recipe) -> Iterator[tuple[str, Any]]:
 def changes(recipe: Recipe, base: Recipe | None = None) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `base`, value here) where they differ; base None = the defaults."""
     old = dict(flatten(base or _DEFAULTS))
+    if base is None:
+        del old["data.sources"]
     new = dict(flatten(recipe))
     return {
         key: (old.get(key), new.get(key))
