@@ -36,7 +36,7 @@ from sterna.train.schedule import horizon
 from sterna.train.sft import Sft
 from sterna.train.step import TrainStep
 from sterna.train.task import Task
-from sterna.train.trackers import MLflow, TensorBoard, Wandb
+from sterna.train.trackers import MLflow, TensorBoard, Wandb, has_tensorboard
 from sterna.train.trainer import Trainer
 
 TASKS: dict[str, type[Task]] = {"sft": Sft, "pretrain": Pretrain}
@@ -149,7 +149,8 @@ def _builtin_hooks(recipe: Recipe, mesh: Mesh, generate: Generate | None) -> lis
         return routines
     log, folder = recipe.log, recipe.run.output
     hooks: list[Hook] = [MetricsFile(folder, log.every), ProgressBar()]
-    hooks += [TensorBoard(folder)] if log.tensorboard else []
+    wants_board = has_tensorboard() if log.tensorboard is None else log.tensorboard
+    hooks += [TensorBoard(folder)] if wants_board else []
     hooks += [MLflow(recipe)] if log.mlflow else []
     hooks += [Wandb(recipe)] if log.wandb else []
     return [*hooks, *routines, *([Report(generate)] if log.report else [])]

@@ -137,8 +137,8 @@ class LogSection(Section):
     """What is written while it runs."""
 
     every: int = Field(default=1, gt=0, description="steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(
-        default=True, description="write TensorBoard events, if it is installed"
+    tensorboard: bool | None = Field(
+        default=None, description="write TensorBoard events; unset = if it is installed"
     )
     mlflow: bool = Field(default=False, description="log to MLflow")
     wandb: bool = Field(default=False, description="log to Weights & Biases")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from sterna.data.pack import PackedRow
+from sterna.data.tokenize import Counts
 from sterna.parallel.mesh import Axis, Mesh
 from sterna.train.config import Recipe
 from sterna.train.ema import Ema
@@ -33,6 +34,15 @@ class RowLoader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position."""
+        ...
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows of the files so far."""
+        ...
+
+    def close(self) -> None:
+        """End its threads."""
         ...
 
 

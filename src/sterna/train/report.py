@@ -99,9 +99,12 @@ def _facts(trainer: Trainer) -> dict[str, str]:
         "steps": f"{counters.step:,} of {recipe.run.steps:,}",
         "tokens": f"{counters.num_tokens:,}",
         "trained tokens": f"{counters.num_targets:,}",
+        "rows filled": f"{100 * trainer.parts.loader.counts.fill:.1f} %",
         "time in steps": duration(counters.seconds),
         "tokens/s": f"{rate:,.0f}",
     }
+    bad = trainer.parts.loader.counts.of["bad_rows"]
+    facts |= {"bad rows skipped": f"{bad:,}"} if bad else {}
     if trainer.last is not None:
         facts["last loss"] = f"{trainer.last.loss:.4f}"
     if counters.best_loss is not None:

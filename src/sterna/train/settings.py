@@ -50,3 +50,12 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "[]" if value == () else str(value) if value != "" else '""'
+
+
+def markdown_table() -> str:
+    """The table of docs/training.md."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for setting in all_settings():
+        meaning = setting.meaning.replace("|", "\\|")
+        lines.append(f"| `{setting.name}` | {setting.default} | {meaning} |")
+    return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,11 @@ def _import(module: str, package: str, setting: str) -> Any:
             f"log.{setting} is set, but {package} is not installed ({error}); "
             f"`pip install {package}`, or set log.{setting} = false"
         ) from error
+
+
+def has_tensorboard() -> bool:
+    """Whether the package is installed; asks without importing it."""
+    return importlib.util.find_spec("tensorboard") is not None
 
 
 class TensorBoard(Hook):

@@ -239,4 +239,5 @@ class Trainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self.parts.loader.close()
         close_mesh()
