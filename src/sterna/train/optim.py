@@ -236,8 +236,8 @@ def _encode(x: Tensor, codes: Tensor, scales: Tensor, bits: Tensor, least: float
     scales.copy_(padded.view(-1, BLOCK).abs().amax(1) / rounding.E4M3_MAX)
     safe = torch.where(scales > 0, scales, 1.0).repeat_interleave(BLOCK)[: x.numel()]
     scaled = x / safe
-    if least:
-        scaled = torch.where(x > 0, scaled.clamp_(min=least), scaled)
+    if least:  # zero stays zero: a weight that never had a gradient
+        scaled.clamp_(min=least).mul_(x > 0)
     codes.copy_(
         rounding.to_e4m3(scaled.clamp_(-rounding.E4M3_MAX, rounding.E4M3_MAX), bits).view(
             torch.uint8
