@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from pathlib import Path
 
 from sterna.core.errors import DataError
@@ -14,7 +15,11 @@ _KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-_TEXT = {"file": WholeFile, "line": TextLines, "blank_line": Paragraphs}
+_TEXT: dict[str, Callable[[Path], Table]] = {
+    "file": WholeFile,
+    "line": TextLines,
+    "blank_line": Paragraphs,
+}
 
 
 def open_tables(config: SourceConfig, buffer: int) -> list[Table]:

@@ -156,7 +156,7 @@ def _sharegpt_message(turn: Row, i: int) -> dict[str, Any]:
         raise RowError(f"conversations[{i}].from is {speaker!r} (known: {allowed})")
     if not isinstance(content, str):
         raise RowError(f"conversations[{i}].value is a {type(content).__name__}, text is needed")
-    message = {"role": _SHAREGPT_ROLES[speaker], "content": content}
+    message: dict[str, Any] = {"role": _SHAREGPT_ROLES[speaker], "content": content}
     if speaker == "function_call":
         message |= {"content": "", "tool_calls": _calls(content, i)}
     own = {key: turn[key] for key in ("train", "weight") if turn.get(key) is not None}

@@ -246,5 +246,7 @@ def _check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise DataError(f"the state is of the part {saved['part']!r}, this is {now['part']!r}")
     for number, (old, new) in enumerate(zip(saved["files"], now["files"], strict=True)):
         if old != new:
-            raise DataError(f"the files of data.sources[{number}] have changed since the state was saved; restore "
-                            "them, or start a new run")  # fmt: skip
+            raise DataError(
+                f"the files of data.sources[{number}] have changed since the state was saved; "
+                "restore them, or start a new run"
+            )

@@ -62,7 +62,9 @@ class Blocks:
     consecutive `buffer` rows of the block order are permuted among themselves.
     """
 
-    def __init__(self, sizes: Sequence[int], buffer: int, key: int, *, shuffle_blocks: bool) -> None:
+    def __init__(
+        self, sizes: Sequence[int], buffer: int, key: int, *, shuffle_blocks: bool
+    ) -> None:
         self._n = sum(sizes)
         self._buffer = buffer
         self._key = key

@@ -81,12 +81,13 @@ class Tokenizer:
             offsets = self._backend.encode(text, add_special_tokens=False).offsets
             return np.array([start for start, _ in offsets], np.int64)
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        starts = np.maximum(np.concatenate([[0], ends])[: len(ids)] - lead, 0)
+        starts: NDArray[np.int64] = np.maximum(np.concatenate([[0], ends])[: len(ids)] - lead, 0)
         if len(raw) == len(text):
             return starts
         is_first = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
         characters = np.append(np.cumsum(is_first, dtype=np.int64) - 1, len(text))
-        return characters[starts]
+        in_text: NDArray[np.int64] = characters[starts]
+        return in_text
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
@@ -128,7 +129,11 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what decides a text's tokens: vocabulary, special tokens, chat template."""
-        parts = (self.to_json(), self.chat_template or "", repr(sorted(self.special_tokens.items())))
+        parts = (
+            self.to_json(),
+            self.chat_template or "",
+            repr(sorted(self.special_tokens.items())),
+        )
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     def _compute_bytes(self, token_id: int) -> bytes:

@@ -16,7 +16,6 @@ The end-of-turn token belongs to the turn, white space that the template writes 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -148,7 +147,7 @@ class _Turns:
         if at < 0 or _PROBE in tail or not self.text.endswith(tail):
             raise self._refusal(i)
         end = len(self.text) - len(tail)
-        ahead = len(os.path.commonprefix((self.text[:end], other[:at])))
+        ahead = _shared(self.text[:end], other[:at])
         prompt = self._prompt(i)
         start = self.text.rfind(prompt, 0, ahead) + len(prompt) if prompt else -1
         # Between the prompt and the answer the template may write only what it always writes there.
@@ -177,7 +176,7 @@ class _Turns:
         return lone[: lone.find(_PROBE)].endswith(prompt + opening)
 
     def _turn_end(self, start: int, end: int) -> int:
-        """`end` moved to just behind the token that ends the turn, where the template writes one."""
+        """`end` moved to just behind the end-of-turn token, where the template writes one."""
         body = self.text[start:end].rstrip()
         if body.endswith(self._renderer.turn_ends):
             return start + len(body)
@@ -194,3 +193,9 @@ class _Turns:
             'on "all", or use a template with {% generation %} blocks',
             param=f"messages[{i}]",
         )
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
