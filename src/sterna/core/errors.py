@@ -80,6 +80,17 @@ class QuantizeError(ModelError):
     code = "quantize_error"
 
 
+class DataError(SternaError):
+    """Training data that cannot be found, read or continued as asked; names the file."""
+
+    exit_code = 9
+    code = "data_error"
+
+
+class RowError(DataError):
+    """One row of a training file is malformed; the message begins with `file:line`."""
+
+
 class TrainError(SternaError):
     """A training run that cannot go on; the message says where and what is kept."""
 
