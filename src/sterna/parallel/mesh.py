@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,7 @@ def open_mesh(config: ParallelConfig, device: torch.device | str = "cpu") -> Mes
 
 def close_mesh() -> None:
     """Leave torch.distributed; does nothing when it was never started."""
+    _group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -157,7 +159,14 @@ def _axis(name: str, lists: list[tuple[int, ...]]) -> Axis:
     """Make the groups of every list (all ranks do, in one order) and keep this rank's."""
     me, own = dist.get_rank(), Axis(name)
     for ranks in lists:
-        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        group = _group(ranks) if len(ranks) > 1 else None
         if me in ranks:
             own = Axis(name, ranks, ranks.index(me), group)
     return own
+
+
+@cache
+def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """One group for equal ranks: a group costs a connection to each member for good."""
+    group: dist.ProcessGroup = dist.new_group(list(ranks))
+    return group

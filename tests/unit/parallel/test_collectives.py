@@ -16,7 +16,7 @@ SELF = __file__
 
 @pytest.fixture(scope="module")
 def ranks():
-    with LocalRanks(4) as pool:
+    with LocalRanks() as pool:
         yield pool
 
 

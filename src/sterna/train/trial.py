@@ -1,0 +1,244 @@
+"""A trial: a few optimizer steps of a model on given rows, alike on one process and on many.
+
+The parity certificate and the correctness matrix both compare trials: the reference is the plain
+one-process trial, the other has the features in question. Nothing here is fast or clever, so that
+there is little to be wrong in the reference: logits are whole, gradients are kept whole.
+
+Errors are relative: max |a - b| / max |b| of each tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sterna.kernels import ops
+from sterna.model.batch import Batch
+from sterna.model.config import parse_config
+from sterna.model.decoder import Decoder
+from sterna.model.load import load_model
+from sterna.parallel.collectives import total
+from sterna.parallel.config import ParallelConfig
+from sterna.parallel.fsdp import average_gradients, full, local, shard_model
+from sterna.parallel.mesh import Mesh, open_mesh
+from sterna.parallel.shard_rows import IGNORE, shard_batch
+from sterna.parallel.ulysses import plan_attention
+
+# AdamW divides by the gradient's own size, so with the usual eps of 1e-8 a weight whose gradient is
+# only rounding moves by up to the learning rate either way. Clipped elements are near 1e-3 here.
+LR, CLIP, BETAS, EPS = 1e-3, 0.5, (0.9, 0.95), 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed row: document lengths, and which positions are trained."""
+
+    documents: tuple[int, ...]
+    trained: tuple[int, int] = (0, 2**31)  # positions [low, high) that have a target
+    drop: float = 0.3  # share of these without a target, by seed
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is run. `rows` is one optimizer step's; row i belongs to dp rank i % dp."""
+
+    rows: tuple[Row, ...]
+    model: dict[str, Any] = field(default_factory=dict)  # config.json of a random model, or
+    path: str = ""  # a checkpoint
+    num_layers: int | None = None  # keep the first layers of the checkpoint; None = all
+    dtype: str = "float64"
+    parallel: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
+    frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
+    features: dict[str, Any] = field(default_factory=dict)  # see `features.py`
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one trial, on the first rank: whole tensors by parameter name."""
+
+    loss: float
+    eval_loss: float
+    grads: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Largest relative errors against the reference, and the tensor each is in."""
+
+    loss: float
+    eval_loss: float
+    grad: float
+    worst_grad: str
+    weight: float
+    worst_weight: str
+
+    @property
+    def worst(self) -> float:
+        """The largest of all."""
+        return max(self.loss, self.eval_loss, self.grad, self.weight)
+
+
+def run_trial(trial: Trial) -> Result | None:
+    """Run on this rank; the result on the first rank, None on others."""
+    mesh = open_mesh(ParallelConfig(**trial.parallel))
+    model = build_model(trial, mesh)
+    weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([p for _, p in weights], lr=LR, betas=BETAS, eps=EPS)
+    rows = [r for i, r in enumerate(make_rows(trial)) if i % mesh.dp.size == mesh.dp.rank]
+    eval_loss = _evaluate(model, rows, mesh)
+    first: tuple[float, dict[str, Tensor]] | None = None
+    for _ in range(trial.steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss = accumulate(model, rows, mesh, is_sharded(trial, mesh))
+        if first is None:
+            first = loss, _whole({n: p.grad for n, p in weights if p.grad is not None})
+        _clip([p for _, p in weights], mesh, is_sharded(trial, mesh))
+        optimizer.step()
+    after = _whole(dict(weights))
+    assert first is not None
+    return Result(first[0], eval_loss, first[1], after) if mesh.is_main else None
+
+
+def compare(reference: Result, other: Result) -> Errors:
+    """The errors of a trial. A gradient that one of them lacks is an error of 1 (or its size)."""
+    grads = {n: _error(other.grads.get(n), g) for n, g in reference.grads.items()}
+    grads |= dict.fromkeys(other.grads.keys() - reference.grads.keys(), 1.0)
+    weights = {n: _error(other.weights.get(n), w) for n, w in reference.weights.items()}
+    worst_grad, worst_weight = (
+        max(grads, key=grads.__getitem__),
+        max(weights, key=weights.__getitem__),
+    )
+    return Errors(
+        loss=abs(other.loss - reference.loss) / abs(reference.loss),
+        eval_loss=abs(other.eval_loss - reference.eval_loss) / abs(reference.eval_loss),
+        grad=grads[worst_grad],
+        worst_grad=worst_grad,
+        weight=weights[worst_weight],
+        worst_weight=worst_weight,
+    )
+
+
+def is_sharded(trial: Trial, mesh: Mesh) -> bool:
+    """Whether this trial cuts weights over the data ranks."""
+    return mesh.data.size > 1 and ParallelConfig(**trial.parallel).shard != "none"
+
+
+def build_model(trial: Trial, mesh: Mesh) -> Any:
+    """The model with its features on, spread over the mesh; the same weights on every rank."""
+    model = _plain_model(trial)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in trial.frozen))
+    config = ParallelConfig(**trial.parallel)
+    model.set_parallel(plan_attention(mesh, model.config.num_attention_heads, config.ulysses))
+    if is_sharded(trial, mesh):
+        shard_model(model, list(model.layers), mesh)
+    return model
+
+
+def _plain_model(trial: Trial) -> Any:
+    dtype = getattr(torch, trial.dtype)
+    if trial.path:
+        model: Any = load_model(trial.path, "float32").decoder.to(dtype)
+        model.dtype = dtype
+        if trial.num_layers is not None:
+            model.layers = model.layers[: trial.num_layers]
+        return model
+    model = Decoder(parse_config(trial.model, "trial"), dtype)
+    initialise(model, trial.seed)
+    return model
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Random weights, wide enough that an error shows; one-dimensional ones are near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
+        parameter.data.copy_(noise + 1.0 if parameter.dim() == 1 else noise)
+
+
+def make_rows(trial: Trial) -> list[tuple[Batch, Tensor]]:
+    """Batches and targets [T] of the step's rows: random tokens, targets shifted in documents."""
+    vocab = int(trial.model["vocab_size"]) if trial.model else 1000
+    generator = torch.Generator().manual_seed(trial.seed + 1)
+    return [_make_row(row, vocab, generator) for row in trial.rows]
+
+
+def _make_row(row: Row, vocab: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    borders = list(itertools.accumulate(row.documents, initial=0))
+    size = borders[-1]
+    tokens = torch.randint(0, vocab, (size,), generator=generator)
+    targets = torch.cat([tokens[1:], tokens[:1]])
+    targets[[b - 1 for b in borders[1:]]] = IGNORE
+    place = torch.arange(size)
+    out = (torch.rand(size, generator=generator) < row.drop) | (place < row.trained[0])
+    targets[out | (place >= row.trained[1])] = IGNORE
+    positions = torch.cat([torch.arange(n) for n in row.documents])
+    starts, lens = torch.tensor(borders), torch.tensor(row.documents)
+    return Batch(tokens.int(), positions.int(), starts.int(), lens.int()), targets
+
+
+def loss_sum(model: Any, batch: Batch, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of a batch's valid targets, from whole logits."""
+    softcap = float(getattr(model.config, "logits_softcap", 0.0))
+    hidden = model.hidden(batch)
+    weight, bias = model.head_weight(), model.head_bias()  # whole only once `hidden` has run
+    logits = ops.logits(hidden, weight, weight.shape[0], softcap if bias is None else 0.0)
+    if bias is not None:
+        logits = logits + bias
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def accumulate(
+    model: Any, rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh, sharded: bool
+) -> float:
+    """Gradients of the step's mean loss over all valid targets; that loss over all ranks."""
+    count = _count(rows, mesh)
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch, targets in rows:
+        part = loss_sum(model, *shard_batch(batch, targets, mesh.sp))
+        torch.autograd.backward(part * (mesh.data.size / count))
+        loss += part.detach().double()
+    if not sharded:
+        average_gradients([p for p in model.parameters() if p.requires_grad], mesh.data)
+    return float(total(loss, mesh.data)) / count
+
+
+@torch.no_grad()
+def _evaluate(model: Any, rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh) -> float:
+    parts = [loss_sum(model, *shard_batch(*row, mesh.sp)).double() for row in rows]
+    return float(total(torch.stack(parts).sum(), mesh.data)) / _count(rows, mesh)
+
+
+def _count(rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh) -> int:
+    own = sum(int((targets != IGNORE).sum()) for _, targets in rows)
+    return int(total(torch.tensor(own), mesh.dp))
+
+
+def _clip(parameters: list[nn.Parameter], mesh: Mesh, sharded: bool) -> None:
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    square = torch.stack([g.double().pow(2).sum() for g in grads]).sum()
+    norm = float(total(square, mesh.data) if sharded else square) ** 0.5
+    if norm > CLIP:
+        for grad in grads:
+            grad.mul_(CLIP / norm)
+
+
+def _whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: full(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def _error(value: Tensor | None, reference: Tensor) -> float:
+    if value is None:
+        return float(reference.abs().max() > 0)
+    scale = float(reference.abs().max())
+    difference = float((value.double() - reference.double()).abs().max())
+    return difference / scale if scale > 0 else difference
