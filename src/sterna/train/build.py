@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sterna.core.errors import ConfigError
 from sterna.core.rundir import write_atomic
@@ -34,6 +35,7 @@ from sterna.train.resume import find_source
 from sterna.train.routines import Checkpoints, Evaluation
 from sterna.train.schedule import horizon
 from sterna.train.sft import Sft
+from sterna.train.spread import spread
 from sterna.train.step import TrainStep
 from sterna.train.task import Task
 from sterna.train.trackers import MLflow, TensorBoard, Wandb, has_tensorboard
@@ -53,6 +55,7 @@ def build(
     check_device(recipe.model.device)
     set_threads(recipe.run.threads)
     steps = horizon(recipe)
+    owns_mesh = not dist.is_initialized()
     mesh = open_mesh(recipe.parallel, recipe.model.device)
     _check_rows(recipe, mesh)
     source = find_source(recipe, resume, mesh)
@@ -63,15 +66,17 @@ def build(
     _check_vocabulary(tokenizer, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    shards = spread(model, recipe.parallel, mesh)
     weights = trained(model)
     return Trainer(
         Parts(
             recipe=recipe,
             mesh=mesh,
-            norm_axis=mesh.data,
+            owns_mesh=owns_mesh,
+            shards=shards,
             task=task,
             model=model,
-            step=_new_step(recipe, mesh, model, task),
+            step=_new_step(recipe, mesh, model, task, shards.size > 1),
             optimizer=AdamW(weights, recipe.optim, recipe.run.seed),
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             loader=Loader(recipe.data, tokenizer, rank=mesh.dp.rank, world=mesh.dp.size),
@@ -86,11 +91,13 @@ def build(
     )
 
 
-def _new_step(recipe: Recipe, mesh: Mesh, model: torch.nn.Module, task: Task) -> TrainStep:
+def _new_step(
+    recipe: Recipe, mesh: Mesh, model: torch.nn.Module, task: Task, is_sharded: bool
+) -> TrainStep:
     alpha, noise = recipe.model.neftune_alpha, None
     if alpha:
         noise = Neftune(embedding_of(model), alpha, recipe.run.seed, mesh.rank)
-    return TrainStep(model, mesh, recipe.run.micro_rows, task.loss(), noise)
+    return TrainStep(model, mesh, recipe.run.micro_rows, task.loss(), noise, is_sharded)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

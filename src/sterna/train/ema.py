@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sterna.train.optim import AdamW, local
+from sterna.parallel.fsdp import local
+from sterna.train.optim import AdamW
 
 
 class Ema:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sterna.core.errors import ConfigError
 from sterna.model.batch import Batch
+from sterna.parallel.mesh import Axis
+from sterna.parallel.shard_rows import chunk_of
 from sterna.train import rounding
 
 
@@ -35,20 +37,22 @@ class Neftune:
     def __init__(self, embedding: nn.Module, alpha: float, seed: int, rank: int = 0) -> None:
         self._alpha = alpha
         self._words = (seed, rank)
-        self._next: tuple[Batch, torch.Generator] | None = None
+        self._next: tuple[Batch, Axis | None, torch.Generator] | None = None
         embedding.register_forward_hook(self._add)
 
-    def arm(self, batch: Batch, step: int, micro: int) -> None:
-        """Noise for the forward of `batch` that follows."""
-        self._next = (batch, rounding.generator(*self._words, step, micro))
+    def arm(self, batch: Batch, step: int, micro: int, sp: Axis | None = None) -> None:
+        """Noise for the forward of `batch` that follows; `sp`: the ranks that share its row."""
+        self._next = (batch, sp, rounding.generator(*self._words, step, micro))
 
     def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._next is None:
             return output
-        (batch, source), self._next = self._next, None
+        (batch, sp, source), self._next = self._next, None
         lengths = batch.query_starts.diff().long()
         widths = self._alpha / (lengths * output.shape[-1]).double().sqrt()
         per_token = widths.repeat_interleave(lengths).to(torch.float32).cpu()
+        if sp is not None:
+            per_token = per_token[chunk_of(per_token.numel(), sp)]
         shape = (per_token.numel(), output.shape[-1])
         noise = (torch.rand(shape, generator=source) * 2 - 1) * per_token[:, None]
         return output + noise.to(output).view_as(output)

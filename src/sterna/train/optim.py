@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sterna.core.errors import CheckpointError, ConfigError
+from sterna.core.errors import ConfigError
+from sterna.parallel.fsdp import local
 from sterna.train import rounding
 from sterna.train.config import OptimSection
 
@@ -141,30 +142,10 @@ class AdamW:
         """Name -> state tensors of this rank, themselves and not copies."""
         return {slot.name: dict(slot.states) for slot in self._slots}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over states by copy. CheckpointError for names or shapes that do not fit."""
-        for slot in self._slots:
-            found = state.get(slot.name, {})
-            for key, tensor in slot.states.items():
-                if key not in found or found[key].shape != tensor.shape:
-                    raise CheckpointError(
-                        f"the optimizer state has no {key} of shape {tuple(tensor.shape)} for "
-                        f"{slot.name}; was it written with other optim.states or optim.master?"
-                    )
-                tensor.copy_(found[key])
-
 
 def is_decayed(name: str, weight: Tensor) -> bool:
     """Whether weight decay applies: to matrices, never to norms, biases and other vectors."""
     return weight.dim() >= 2 and not name.endswith("bias")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that FSDP2 cut; any other tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    result: Tensor = to_local() if to_local is not None else tensor
-    return result
 
 
 def _slices(size: int) -> Iterator[slice]:

@@ -52,7 +52,8 @@ class Parts:
 
     recipe: Recipe
     mesh: Mesh
-    norm_axis: Axis  # over which shards of one gradient lie; of size 1 where each rank has all
+    owns_mesh: bool  # whether torch.distributed was started for this run, and ends with it
+    shards: Axis  # over which the shards of one weight lie; of size 1 where each rank has all
     task: Task
     model: nn.Module
     step: TrainStep

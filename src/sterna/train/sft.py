@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
 from sterna.model.save import hf_config
 from sterna.model.weights import split_parts
+from sterna.parallel.fsdp import full
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.step import Loss, cross_entropy
@@ -41,10 +43,8 @@ class Sft:
         return Weights(_tensors(model), hf_config(model), {})
 
 
-def _tensors(decoder: Decoder) -> list[tuple[str, Tensor]]:
+def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by checkpoint name, one at a time: gathering them is collective."""
     names = decoder.config.family.hf_names
-    return [
-        part
-        for name, parameter in decoder.named_parameters()
-        for part in split_parts(name, parameter.detach(), names, decoder.config)
-    ]
+    for name, parameter in decoder.named_parameters():
+        yield from split_parts(name, full(parameter.detach()), names, decoder.config)

@@ -49,7 +49,7 @@ def state_tensors(parts: Parts) -> dict[str, Tensor]:
 
     Every rank's shards have keys of their own; what all ranks hold alike has one.
     """
-    suffix = f"@{parts.mesh.rank}" if parts.norm_axis.size > 1 else ""
+    suffix = f"@{parts.mesh.rank}" if parts.shards.size > 1 else ""
     found = {
         f"optim/{name}/{key}{suffix}": tensor
         for name, states in parts.optimizer.state_dict().items()
@@ -60,7 +60,7 @@ def state_tensors(parts: Parts) -> dict[str, Tensor]:
     found[_rng_key(parts, "cpu")] = torch.get_rng_state()
     if parts.mesh.device.type == "cuda":
         found[_rng_key(parts, "cuda")] = torch.cuda.get_rng_state(parts.mesh.device)
-    return found
+    return {key: tensor for key, tensor in found.items() if tensor.numel()}
 
 
 def _rng_key(parts: Parts, device: str) -> str:

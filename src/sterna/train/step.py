@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sterna.core.errors import TrainError
-from sterna.data.pack import PackedRow
+from sterna.data.pack import PackedRow, filler
 from sterna.model.batch import Batch
 from sterna.parallel.collectives import total
+from sterna.parallel.fsdp import average_gradients, release
 from sterna.parallel.mesh import Mesh
+from sterna.parallel.shard_rows import shard_batch
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.neftune import Neftune
 
@@ -82,12 +84,15 @@ class TrainStep:
         micro_rows: int = 1,
         loss: Loss = cross_entropy,
         neftune: Neftune | None = None,
+        is_sharded: bool = False,
     ) -> None:
+        """`is_sharded`: FSDP2 reduces the gradients; else they are averaged here, once a step."""
         self._model = model
         self._mesh = mesh
         self._micro_rows = micro_rows
         self._loss = loss
         self._neftune = neftune
+        self._is_sharded = is_sharded
 
     def run(self, rows: Sequence[PackedRow], step: int = 0) -> StepLoss:
         """Gradients of this rank's rows. TrainError when no rank has a valid target."""
@@ -100,6 +105,8 @@ class TrainStep:
             )
         factor = self._mesh.data.size / num_targets
         sums = [self._micro(m, factor, step, i) for i, m in enumerate(self._micros(rows))]
+        if not self._is_sharded:
+            average_gradients(_trained(self._model), self._mesh.data)
         return self._sum_up(torch.stack(sums), num_targets, num_tokens)
 
     @torch.no_grad()
@@ -107,12 +114,13 @@ class TrainStep:
         """(sum of the losses, number of valid targets) over all ranks, without gradients."""
         num_targets, _ = (int(n) for n in self._counts(rows))
         sums = [self._loss(self._model, *self._inputs(m)).double() for m in self._micros(rows)]
+        release(self._model)
         return float(total(torch.stack(sums).sum(), self._mesh.data)), num_targets
 
     def _micro(self, rows: Sequence[PackedRow], factor: float, step: int, micro: int) -> Tensor:
         batch, targets = self._inputs(rows)
         if self._neftune is not None:
-            self._neftune.arm(batch, step, micro)
+            self._neftune.arm(batch, step, micro, self._mesh.sp)
         loss = self._loss(self._model, batch, targets)
         torch.autograd.backward(loss * factor)
         return loss.detach().double()
@@ -132,11 +140,21 @@ class TrainStep:
             yield rows[begin : begin + self._micro_rows]
 
     def _inputs(self, rows: Sequence[PackedRow]) -> tuple[Batch, Tensor]:
-        return as_batch(rows, self._mesh.device)
+        """The micro-batch, or this sp rank's slice of it."""
+        sp = self._mesh.sp
+        return shard_batch(*as_batch(rows, self._mesh.device, sp.size), sp)
 
 
-def as_batch(rows: Sequence[PackedRow], device: torch.device) -> tuple[Batch, Tensor]:
-    """Rows side by side as one flat Batch, and the targets [T] int64."""
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def as_batch(
+    rows: Sequence[PackedRow], device: torch.device, least: int = 1
+) -> tuple[Batch, Tensor]:
+    """Rows side by side as one flat Batch of at least `least` tokens, and the targets [T] int64."""
+    missing = least - sum(len(row.tokens) for row in rows)
+    rows = [*rows, *[filler()] * max(0, missing)]
     lengths = np.concatenate([np.diff(row.starts) for row in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.concatenate([row.tokens for row in rows])

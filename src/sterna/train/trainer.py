@@ -96,7 +96,7 @@ class Trainer:
 
         The state before the step is saved, so nothing is lost.
         """
-        self._norm = float(total(self.parts.optimizer.square_sum(), self.parts.norm_axis)) ** 0.5
+        self._norm = float(total(self.parts.optimizer.square_sum(), self.parts.shards)) ** 0.5
         if np.isfinite(loss.loss) and np.isfinite(self._norm):
             return
         self.parts.optimizer.drop_gradients()
@@ -225,7 +225,8 @@ class Trainer:
             return None
         with self.parts.ema.in_place():
             weights = self.parts.task.weights(self.parts.model)
-            return {name: tensor.detach().clone() for name, tensor in weights.tensors}
+            named = ((name, tensor.detach()) for name, tensor in weights.tensors)
+            return {name: tensor.clone() if self.mesh.is_main else tensor for name, tensor in named}
 
     def __enter__(self) -> Trainer:
         return self
@@ -240,4 +241,5 @@ class Trainer:
             hook.close()
         self._checkpointer.close()
         self.parts.loader.close()
-        close_mesh()
+        if self.parts.owns_mesh:
+            close_mesh()
