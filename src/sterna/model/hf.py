@@ -86,7 +86,8 @@ class HFDecoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def train(self, mode: bool = True) -> HFDecoder:
         """Stays in eval mode: dropout would make a row depend on how it is cut."""
