@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sterna.core.errors import ConfigError
+from sterna.core.errors import ConfigError, UnsupportedModelError
 from sterna.model.decoder import Decoder
+from sterna.model.hf import HFDecoder, load_hf
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.load import load_config, load_model
 from sterna.model.save import hf_config
 from sterna.model.weights import split_parts
 from sterna.parallel.fsdp import full
@@ -31,6 +32,8 @@ class Sft:
                 'model.path, or kind = "pretrain" to start from scratch'
             )
         path = source or resolve_model(recipe.model.path)
+        if is_foreign(recipe, path):
+            return load_hf(path, recipe.model.dtype, mesh.device)
         return load_model(path, recipe.model.dtype, mesh.device).decoder
 
     def loss(self) -> Loss:
@@ -38,9 +41,22 @@ class Sft:
         return cross_entropy
 
     def weights(self, model: nn.Module) -> Weights:
-        """The Hugging Face folder of a native decoder."""
+        """The Hugging Face folder of the model."""
+        if isinstance(model, HFDecoder):
+            return Weights(model.tensors(), model.model.config.to_dict(), {})
         assert isinstance(model, Decoder)
         return Weights(_tensors(model), hf_config(model), {})
+
+
+def is_foreign(recipe: Recipe, path: Path) -> bool:
+    """Whether the model runs behind transformers: as asked, or since no native family has it."""
+    if recipe.model.backend != "auto":
+        return recipe.model.backend == "hf"
+    try:
+        load_config(path)
+    except UnsupportedModelError:
+        return path.is_dir()
+    return False
 
 
 def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
