@@ -28,6 +28,7 @@ What you can do next:
   sterna serve PATH               serve a Hugging Face folder or a GGUF file
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
+  sterna train RECIPE.toml        fine-tune or pretrain a model
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna quality A B --text FILE  how far a quantised model is from the original
   sterna bench serve              measure any OpenAI endpoint under load
@@ -63,6 +64,7 @@ def build_app() -> App:
         name="complete",
         help="Complete a prompt, or a file of them.",
     )
+    app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
     app.command(
         "sterna.cli.quantize:quantize",
         name="quantize",

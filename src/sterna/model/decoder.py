@@ -17,8 +17,9 @@ from sterna.kernels import ops
 from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
 from sterna.model.heads import Embedding, LMHead, PositionEmbedding
-from sterna.model.layers import Block, GatedLinear, Linear, new_norm
+from sterna.model.layers import Attention, Block, GatedLinear, Linear, new_norm
 from sterna.model.rope import rope_table, short_rows
+from sterna.parallel.ulysses import ParallelPlan
 
 
 class RopeTables(nn.Module):
@@ -87,6 +88,21 @@ class Decoder(nn.Module):
         """hidden [R, D] -> float32 logits [R, V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.logits(hidden, self.config.logits_softcap)
+
+    def head_weight(self) -> Tensor:
+        """The weight of the logits [V, D]: the embedding's where they are tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight
+
+    def head_bias(self) -> Tensor | None:
+        """The bias of the logits; no family of the table has one."""
+        return None
+
+    def set_parallel(self, plan: ParallelPlan | None) -> None:
+        """Training batches are slices of rows from now on, spread as `plan` says."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.plan = plan
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sterna.kernels import ops
 from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
+from sterna.parallel.ulysses import ParallelPlan
 
 
 def new_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -148,6 +149,7 @@ class Attention(nn.Module):
         has_norm = config.family.has_qk_norm
         self.q_norm = HeadNorm(config.head_dim, dtype, device) if has_norm else None
         self.k_norm = HeadNorm(config.head_dim, dtype, device) if has_norm else None
+        self.plan: ParallelPlan | None = None  # how training spreads a row over ranks
 
     def forward(self, x: Tensor, batch: Batch, table: Tensor | None) -> Tensor:
         """Normed x [T, D] -> attention output [T, H * C], before the `out` projection.
@@ -159,10 +161,7 @@ class Attention(nn.Module):
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         rope = (batch.positions, table, q_norm, k_norm, self.eps, self.has_unit_offset)
         if batch.kv is None:
-            qkv = ops.rope(qkv, *rope, *self.heads)
-            return ops.attention(
-                qkv, batch.query_starts, *self.heads, self.scale, self.window, self.softcap
-            )
+            return self.attend(ops.rope(qkv, *rope, *self.heads), batch.query_starts)
         kv = batch.kv
         cache = kv.layers[self.layer_idx]
         q = ops.rope_store(qkv, *rope, *self.heads, cache, kv.slots, kv.block_size)
@@ -178,6 +177,13 @@ class Attention(nn.Module):
             self.window,
             self.softcap,
         )
+
+    def attend(self, qkv: Tensor, query_starts: Tensor) -> Tensor:
+        """Training: rotated qkv [T, (H + 2G) * C] -> [T, H * C]; T may be a rank's slice."""
+        options = (*self.heads, self.scale, self.window, self.softcap)
+        if self.plan is None:
+            return ops.attention(qkv, query_starts, *options)
+        return self.plan.attend(qkv, query_starts, *options, ops.attention)
 
 
 class GatedMLP(nn.Module):
