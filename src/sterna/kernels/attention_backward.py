@@ -74,7 +74,7 @@ def _document(
     group = num_heads // num_kv_heads
     q, k, v = _heads(qkv, heads)
     d_q, d_k, d_v = _heads(out, heads)
-    g = grad.unflatten(1, (num_heads, dim)).transpose(0, 1)
+    g = grad.view(len(grad), num_heads, dim).transpose(0, 1)
     for i in range(num_kv_heads):
         own = slice(i * group, (i + 1) * group)
         parts = (q[own].contiguous(), k[i].contiguous(), v[i].contiguous(), g[own].contiguous())
@@ -84,7 +84,7 @@ def _document(
 def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, ...]:
     """[n, (H + 2 G) * C] as views q [H, n, C], k [G, n, C], v [G, n, C]."""
     num_heads, num_kv_heads, dim = heads
-    split = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, dim)).transpose(0, 1)
+    split = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, dim).transpose(0, 1)
     parts: tuple[Tensor, ...] = torch.split(split, [num_heads, num_kv_heads, num_kv_heads])
     return parts
 

@@ -31,6 +31,8 @@ Grads = tuple[Tensor | None, ...]
 Wants = tuple[bool, ...]
 Backward = Callable[..., Grads | None]
 
+NORM_ROWS = 2048
+
 
 def linear(
     grad: Tensor,
@@ -103,17 +105,30 @@ def rms_norm(
     grad: Tensor, wants: Wants, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
 ) -> Grads:
     """grad, x [T, D]."""
+    d_x = torch.empty_like(x) if wants[0] else None
+    total = torch.zeros_like(wide(weight))
+    for part in _slices(len(x)):  # float32 rows of all of x would be the peak of a long step
+        d_part, d_weight = _rms_norm_rows(grad[part], x[part], weight, eps, unit_offset)
+        total += d_weight
+        if d_x is not None:
+            d_x[part] = d_part
+    return d_x, total.to(weight.dtype) if wants[1] else None, None, None
+
+
+def _rms_norm_rows(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
+) -> tuple[Tensor, Tensor]:
     g, normed = wide(grad), wide(x)
     root = torch.rsqrt(normed.square().mean(1, keepdim=True) + eps)
     normed = normed * root
-    gain = wide(weight) + 1.0 if unit_offset else wide(weight)
-    d_weight = (g * normed).sum(0).to(weight.dtype) if wants[1] else None
-    if not wants[0]:
-        return None, d_weight, None, None
-    g = g * gain
+    d_weight = (g * normed).sum(0)
+    g = g * (wide(weight) + 1.0 if unit_offset else wide(weight))
     dot = (g * normed).mean(1, keepdim=True)
-    d_x = g.addcmul_(normed, dot, value=-1.0).mul_(root)
-    return d_x.to(x.dtype), d_weight, None, None
+    return g.addcmul_(normed, dot, value=-1.0).mul_(root), d_weight
+
+
+def _slices(num_rows: int) -> list[slice]:
+    return [slice(i, i + NORM_ROWS) for i in range(0, num_rows, NORM_ROWS)]
 
 
 def rope(
@@ -148,11 +163,16 @@ def _sum_rows(grad: Tensor, like: Tensor | None) -> Tensor | None:
 def _d_activate(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """Gradient through an activation of x, in x's dtype."""
     if kind == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
+        return _tensor(torch.ops.aten.silu_backward(grad, x))
     if kind == "relu":
         return grad * (x > 0)
     approximate = {"gelu": "none", "gelu_tanh": "tanh"}[kind]
-    return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+    return _tensor(torch.ops.aten.gelu_backward(grad, x, approximate=approximate))
+
+
+def _tensor(value: Tensor) -> Tensor:
+    """What an untyped torch op returned."""
+    return value
 
 
 BACKWARDS: MappingProxyType[str, Backward] = MappingProxyType(
