@@ -66,8 +66,8 @@ class DiskStore:
                 written += os.pwrite(self._file.fileno(), data[written:], begin + written)
         except OSError as error:
             raise TrainError(
-                f"a checkpoint of {len(data) / 2**30:.2f} GiB, after {begin / 2**30:.2f}, does not fit "
-                f"into {self._folder}: {error.strerror}; free space or set longseq.folder"
+                f"a checkpoint of {len(data) / 2**30:.2f} GiB, after {begin / 2**30:.2f}, does not "
+                f"fit into {self._folder}: {error.strerror}; free space or set longseq.folder"
             ) from error
         self._ends.append(begin + len(data))
         return begin, tensor.shape, tensor.dtype, tensor.device
