@@ -55,8 +55,7 @@ class _Spans(Table):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        self._fd: int | None = None
         self._starts, self._ends, self._lines = self._spans()
         self.num_rows = len(self._starts)
         if not self.num_rows:
@@ -70,13 +69,27 @@ class _Spans(Table):
 
     def fetch(self, i: int) -> bytes:
         start, end = int(self._starts[i]), int(self._ends[i])
-        raw = os.pread(self._fd, end - start, start)
+        raw = self._read(start, end - start)
         if len(raw) < end - start:
             raise DataError(f"{self.path}: became shorter while it was read; start again")
         return raw
 
-    def where(self, i: int) -> str:
+    def _read(self, at: int, size: int) -> bytes:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+            self._close = weakref.finalize(self, os.close, self._fd)
+        return os.pread(self._fd, size, at)
+
+    def where(self, i: int, raw: bytes) -> str:
         return f"{self.path}:{self._lines[i] + 1}"
+
+    def num_bytes(self, raw: bytes) -> int:
+        return len(raw)
+
+    def release(self) -> None:
+        if self._fd is not None:
+            self._close()
+            self._fd = None
 
 
 class JsonLines(_Spans):
@@ -98,7 +111,7 @@ class TextLines(_Spans):
         return ends[lines], ends[lines + 1], lines
 
     def _is_one_character(self, at: int) -> bool:
-        return os.pread(self._fd, 1, int(at)) != b"\r"
+        return self._read(int(at), 1) != b"\r"
 
     def decode(self, raw: bytes) -> Any:
         return {"text": _text(raw).rstrip("\r\n")}
@@ -130,6 +143,9 @@ class WholeFile(Table):
 
     def fetch(self, i: int) -> bytes:
         return self.path.read_bytes()
+
+    def num_bytes(self, raw: bytes) -> int:
+        return len(raw)
 
     def decode(self, raw: bytes) -> Any:
         return {"text": _text(raw)}

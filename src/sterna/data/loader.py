@@ -7,7 +7,7 @@ so the place of the next row is (the place before its window, rows taken of it):
 Ranks take turns: of every `world` rows of the one global stream, rank r gets the r-th. So the
 union over ranks is the same for every world, and a run can go on with another number of ranks.
 Each rank walks the whole stream, which costs tokenisation on every rank; packed token shards
-(`shards`) make that free.
+(`shards`) spare it.
 """
 
 from __future__ import annotations
