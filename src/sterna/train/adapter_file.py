@@ -22,6 +22,7 @@ from torch import Tensor
 from sterna.core.errors import ConfigError, ModelFileError, UnsupportedModelError
 from sterna.core.rundir import write_atomic
 from sterna.model.decoder import Decoder
+from sterna.parallel.fsdp import full
 from sterna.train.adapter import (
     adaptable,
     adapted_modules,
@@ -59,12 +60,23 @@ def save_adapter(decoder: Decoder, folder: Path, base_model: str = "") -> None:
 
     Each file appears whole. ConfigError when there is no adapter.
     """
+    for name, content in adapter_files(decoder, base_model).items():
+        write_atomic(folder / name, content)
+
+
+def adapter_files(decoder: Decoder, base_model: str = "") -> dict[str, bytes]:
+    """File name -> content of an adapter's files. ConfigError when there is no adapter.
+
+    Of an adapter that is cut over ranks, every rank calls it.
+    """
     parts = [p for _, module in adapted_modules(decoder) for p in module.adapters()]
     if not parts:
         raise ConfigError("this model has no adapter to save; add one first")
-    write_atomic(folder / WEIGHTS_NAME, save(_tensors(parts), metadata={"format": "pt"}))
     text = json.dumps(_peft_config(decoder, parts, base_model), indent=2, sort_keys=True)
-    write_atomic(folder / CONFIG_NAME, text + "\n")
+    return {
+        WEIGHTS_NAME: save(_tensors(parts), metadata={"format": "pt"}),
+        CONFIG_NAME: (text + "\n").encode(),
+    }
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> AdapterConfig:
@@ -99,7 +111,8 @@ def _tensors(parts: list[AdapterPart]) -> dict[str, Tensor]:
         for suffix, role in _ROLES.items():
             value = getattr(part, role)
             if value is not None:
-                tensors[f"{_PREFIX}{part.span.name}.{suffix}"] = value.detach().cpu().contiguous()
+                whole = full(value.detach())
+                tensors[f"{_PREFIX}{part.span.name}.{suffix}"] = whole.cpu().contiguous()
     return tensors
 
 

@@ -50,6 +50,10 @@ class Sft:
         assert isinstance(model, Decoder)
         return Weights(_tensors(model), hf_config(model), {})
 
+    def final(self, model: nn.Module) -> Weights | None:
+        """Checkpoints hold the whole model."""
+        return None
+
 
 def load_trainable(path: Path, settings: ModelSection, device: torch.device) -> nn.Module:
     """A native decoder, or transformers' model where the settings or the architecture ask for it.
