@@ -85,6 +85,12 @@ def test_a_scale_that_adam_hides_is_seen_by_the_clipped_weights():
     assert compare(reference, missing).grad == 1.0
 
 
+def test_under_torchrun_it_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        verify(recipe_of(folder, {}))
+
+
 def test_what_is_not_covered_is_refused(folder):
     recipe = recipe_of(folder, {}, neftune_alpha=5.0)
     with pytest.raises(ConfigError, match="neftune_alpha"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -140,6 +141,8 @@ def verify(recipe: Recipe, report: Callable[[str], None] = lambda _: None) -> Ce
 
 def _refuse_uncovered(recipe: Recipe) -> None:
     """Parts that change what is trained need a reference of their own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("start --verify without torchrun: it starts its own ranks here")
     uncovered = [name for name in ("adapter", "distill") if getattr(recipe, name, None)]
     uncovered += [f"kind = {recipe.kind}"] if recipe.kind == "distill" else []
     uncovered += ["model.neftune_alpha"] if recipe.model.neftune_alpha else []
