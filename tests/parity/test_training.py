@@ -10,11 +10,13 @@ frozen weights, windows. 1e-10 in float64 proves the algebra, 1e-5 in float32 th
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from sterna.parallel.launch import LocalRanks
 from sterna.train.trial import Row, Trial, compare, run_trial
+from sterna.train.trialmodel import TrialModel
 
 RUN = "sterna.train.trial:run_trial"
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
@@ -68,6 +70,22 @@ GEMMA = {
 }
 
 
+HF_SIZES = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+HF = {
+    "qwen3": {"model_type": "qwen3", **HF_SIZES, "head_dim": 8},
+    "gpt_neox": {"model_type": "gpt_neox", **HF_SIZES},
+    "mistral": {"model_type": "mistral", **HF_SIZES, "sliding_window": 7},
+}
+
+
 @pytest.fixture(scope="module")
 def ranks():
     with LocalRanks() as pool:
@@ -77,12 +95,14 @@ def ranks():
 REFERENCES = {}
 
 
-def check(ranks, mesh, rows, dtype="float64", frozen=(), **model):
+def check(ranks, mesh, rows, dtype="float64", backend="native", chunked=None, frozen=(), **model):
     world, parallel = MESHES[mesh]
-    plain = Trial(ROWS[rows], config(**model), dtype=dtype, frozen=frozen)
+    kind = "native" if backend == "native" else "hf"
+    shape = TrialModel(config(**model) if backend == "native" else HF[backend], backend=kind)
+    plain = Trial(ROWS[rows], shape, dtype=dtype, frozen=frozen)
     if repr(plain) not in REFERENCES:
         REFERENCES[repr(plain)] = run_trial(plain)
-    spread = Trial(ROWS[rows], config(**model), dtype=dtype, frozen=frozen, parallel=parallel)
+    spread = replace(plain, parallel=parallel, chunked_head=chunked)
     found = compare(REFERENCES[repr(plain)], ranks.run(world, RUN, spread)[0])
     assert found.worst <= LIMITS[dtype], found
     return found
@@ -137,3 +157,21 @@ def test_windows_softcaps_and_two_ropes(ranks, mesh):
 )
 def test_frozen_weights(ranks, frozen):
     check(ranks, "dp2-sp2", "dp", frozen=frozen)
+
+
+@pytest.mark.parametrize("chunked", [3, 64])
+def test_the_chunked_head(ranks, chunked):
+    check(ranks, "dp2-sp2", "dp", chunked=chunked, tied=True)
+    check(ranks, "sp2", "empty-shard", chunked=chunked)
+
+
+@pytest.mark.parametrize("backend", HF)
+def test_models_behind_transformers(ranks, backend):
+    check(ranks, "dp2-sp2", "dp", "float32", backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("backend", HF)
+def test_models_behind_transformers_on_every_mesh(ranks, backend, mesh):
+    check(ranks, mesh, "dp", "float32", backend)

@@ -25,6 +25,7 @@ def train(
     resume: Annotated[bool, Parameter(negative=())] = False,
     settings: Annotated[bool, Parameter(negative=())] = False,
     show: Annotated[bool, Parameter(negative=())] = False,
+    verify: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """Train a model by a recipe: fine-tuning, pretraining or distillation.
 
@@ -40,6 +41,9 @@ def train(
         List every setting of a recipe with its default, and stop.
     show
         Print the resolved recipe as TOML, and stop.
+    verify
+        Compare every feature of the recipe with plain training at small size, write parity.json
+        and parity.txt to run.output, and stop. Exit code 10 when something differs.
     """
     setup_logging()
     if settings:
@@ -50,7 +54,7 @@ def train(
 
         print(to_toml(chosen), end="")
         return 0
-    return _run(chosen, resume)
+    return _verify(chosen) if verify else _run(chosen, resume)
 
 
 def _read(arguments: Sequence[str]) -> Recipe:
@@ -62,6 +66,20 @@ def _read(arguments: Sequence[str]) -> Recipe:
             "no recipe given; write sterna train RECIPE.toml (sterna train --settings lists keys)"
         )
     return read_recipe(files, [word for word in arguments if word.startswith("--")])
+
+
+def _verify(recipe: Recipe) -> int:
+    from rich.console import Console
+
+    from sterna.train.verify import verify
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    with console.status("plain training") as status:
+        certificate = verify(recipe, status.update)
+    certificate.save(recipe.run.output)
+    print(certificate.text(), end="")
+    certificate.require()
+    return 0
 
 
 def _run(recipe: Recipe, resume: bool) -> int:

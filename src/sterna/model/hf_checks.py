@@ -88,7 +88,9 @@ def prove(decoder: Any) -> None:
     hidden = decoder.hidden(batch)
     _check_windows(decoder)
     logits = decoder.logits(hidden)
-    expected = [_eager(decoder.model, tokens) for tokens in batch.tokens.split(list(lengths))]
+    expected = [
+        _eager(decoder.model, tokens) for tokens in torch.split(batch.tokens, list(lengths))
+    ]
     for what, mine, theirs in (
         ("hidden states", hidden, torch.cat([h for h, _ in expected])),
         ("logits", logits, torch.cat([z for _, z in expected])),
@@ -107,8 +109,8 @@ def _probe(lengths: tuple[int, ...], vocab_size: int, device: torch.device) -> B
     tokens = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    parts = (tokens, positions, starts, torch.tensor(lengths))
-    return Batch(*(part.int().to(device) for part in parts))
+    lens = torch.tensor(lengths).int().to(device)
+    return Batch(tokens.int().to(device), positions.int().to(device), starts.int().to(device), lens)
 
 
 def _check_windows(decoder: Any) -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sterna.core.errors import ConfigError, UnsupportedModelError
-from sterna.core.log import get_logger
 from sterna.model.decoder import Decoder
 from sterna.model.hf import HFDecoder, load_hf
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.load import load_config, load_model
 from sterna.model.save import hf_config
 from sterna.model.weights import split_parts
 from sterna.parallel.fsdp import full
 from sterna.parallel.mesh import Mesh
-from sterna.train.config import ModelSection, Recipe
+from sterna.train.config import Recipe
 from sterna.train.step import Loss, cross_entropy
 from sterna.train.task import Weights
-
-_log = get_logger(__name__)
 
 
 class Sft:
@@ -37,7 +32,9 @@ class Sft:
                 'model.path, or kind = "pretrain" to start from scratch'
             )
         path = source or resolve_model(recipe.model.path)
-        return load_trainable(path, recipe.model, mesh.device)
+        if is_foreign(recipe, path):
+            return load_hf(path, recipe.model.dtype, mesh.device)
+        return load_model(path, recipe.model.dtype, mesh.device).decoder
 
     def loss(self) -> Loss:
         """Next-token cross entropy."""
@@ -46,7 +43,7 @@ class Sft:
     def weights(self, model: nn.Module) -> Weights:
         """The Hugging Face folder of the model."""
         if isinstance(model, HFDecoder):
-            return Weights(model.tensors(), json.loads(model.config.hf.to_json_string()), {})
+            return Weights(model.tensors(), model.model.config.to_dict(), {})
         assert isinstance(model, Decoder)
         return Weights(_tensors(model), hf_config(model), {})
 
@@ -55,19 +52,15 @@ class Sft:
         return None
 
 
-def load_trainable(path: Path, settings: ModelSection, device: torch.device) -> nn.Module:
-    """A native decoder, or transformers' model where the settings or the architecture ask for it.
-
-    ModelError for a model that neither can read, or that cannot be proven.
-    """
-    if settings.backend != "hf":
-        try:
-            return load_model(path, settings.dtype, device).decoder
-        except UnsupportedModelError as error:
-            if settings.backend == "native" or not path.is_dir():
-                raise
-            _log.info("%s; trying transformers", error)
-    return load_hf(path, settings.dtype, device)
+def is_foreign(recipe: Recipe, path: Path) -> bool:
+    """Whether the model runs behind transformers: as asked, or since no native family has it."""
+    if recipe.model.backend != "auto":
+        return recipe.model.backend == "hf"
+    try:
+        load_config(path)
+    except UnsupportedModelError:
+        return path.is_dir()
+    return False
 
 
 def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:

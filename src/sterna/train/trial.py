@@ -10,29 +10,32 @@ Errors are relative: max |a - b| / max |b| of each tensor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sterna.kernels import ops
 from sterna.model.batch import Batch
-from sterna.model.config import parse_config
-from sterna.model.decoder import Decoder
-from sterna.model.load import load_model
 from sterna.parallel.collectives import total
 from sterna.parallel.config import ParallelConfig
-from sterna.parallel.fsdp import average_gradients, full, local, shard_model
+from sterna.parallel.fsdp import average_gradients, full, local
 from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.parallel.shard_rows import IGNORE, shard_batch
-from sterna.parallel.ulysses import plan_attention
+from sterna.train.longseq.head import chunked_cross_entropy
+from sterna.train.spread import spread
+from sterna.train.trialmodel import TrialModel, make_model
 
 # AdamW divides by the gradient's own size, so with the usual eps of 1e-8 a weight whose gradient is
 # only rounding moves by up to the learning rate either way. Clipped elements are near 1e-3 here.
 LR, CLIP, BETAS, EPS = 1e-3, 0.5, (0.9, 0.95), 1e-4
+
+
+# (model, batch, targets [T]) -> sum of the losses of the valid targets
+LossOf = Callable[[Any, Batch, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,12 @@ class Trial:
     """What is run. `rows` is one optimizer step's; row i belongs to dp rank i % dp."""
 
     rows: tuple[Row, ...]
-    model: dict[str, Any] = field(default_factory=dict)  # config.json of a random model, or
-    path: str = ""  # a checkpoint
-    num_layers: int | None = None  # keep the first layers of the checkpoint; None = all
+    model: TrialModel
     dtype: str = "float64"
     parallel: dict[str, Any] = field(default_factory=dict)
+    chunked_head: int | None = None  # rows of logits at a time; None = whole logits
     steps: int = 3
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
-    features: dict[str, Any] = field(default_factory=dict)  # see `features.py`
     seed: int = 0
 
 
@@ -90,18 +91,20 @@ class Errors:
 def run_trial(trial: Trial) -> Result | None:
     """Run on this rank; the result on the first rank, None on others."""
     mesh = open_mesh(ParallelConfig(**trial.parallel))
-    model = build_model(trial, mesh)
+    model, is_cut = build_model(trial, mesh)
+    loss_of = _loss_of(trial)
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in weights], lr=LR, betas=BETAS, eps=EPS)
-    rows = [r for i, r in enumerate(make_rows(trial)) if i % mesh.dp.size == mesh.dp.rank]
-    eval_loss = _evaluate(model, rows, mesh)
+    vocab = int(model.config.vocab_size)
+    rows = [r for i, r in enumerate(make_rows(trial, vocab)) if i % mesh.dp.size == mesh.dp.rank]
+    eval_loss = _evaluate(model, loss_of, rows, mesh)
     first: tuple[float, dict[str, Tensor]] | None = None
     for _ in range(trial.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(model, rows, mesh, is_sharded(trial, mesh))
+        loss = accumulate(model, loss_of, rows, mesh, is_cut)
         if first is None:
             first = loss, _whole({n: p.grad for n, p in weights if p.grad is not None})
-        _clip([p for _, p in weights], mesh, is_sharded(trial, mesh))
+        _clip([p for _, p in weights], mesh, is_cut)
         optimizer.step()
     after = _whole(dict(weights))
     assert first is not None
@@ -127,47 +130,16 @@ def compare(reference: Result, other: Result) -> Errors:
     )
 
 
-def is_sharded(trial: Trial, mesh: Mesh) -> bool:
-    """Whether this trial cuts weights over the data ranks."""
-    return mesh.data.size > 1 and ParallelConfig(**trial.parallel).shard != "none"
-
-
-def build_model(trial: Trial, mesh: Mesh) -> Any:
-    """The model with its features on, spread over the mesh; the same weights on every rank."""
-    model = _plain_model(trial)
+def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
+    """The model with its features on, spread over the mesh, and whether its weights are cut."""
+    model = make_model(trial.model, getattr(torch, trial.dtype), trial.seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in trial.frozen))
-    config = ParallelConfig(**trial.parallel)
-    model.set_parallel(plan_attention(mesh, model.config.num_attention_heads, config.ulysses))
-    if is_sharded(trial, mesh):
-        shard_model(model, list(model.layers), mesh)
-    return model
+    return model, spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
 
 
-def _plain_model(trial: Trial) -> Any:
-    dtype = getattr(torch, trial.dtype)
-    if trial.path:
-        model: Any = load_model(trial.path, "float32").decoder.to(dtype)
-        model.dtype = dtype
-        if trial.num_layers is not None:
-            model.layers = model.layers[: trial.num_layers]
-        return model
-    model = Decoder(parse_config(trial.model, "trial"), dtype)
-    initialise(model, trial.seed)
-    return model
-
-
-def initialise(model: nn.Module, seed: int) -> None:
-    """Random weights, wide enough that an error shows; one-dimensional ones are near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
-        parameter.data.copy_(noise + 1.0 if parameter.dim() == 1 else noise)
-
-
-def make_rows(trial: Trial) -> list[tuple[Batch, Tensor]]:
+def make_rows(trial: Trial, vocab: int) -> list[tuple[Batch, Tensor]]:
     """Batches and targets [T] of the step's rows: random tokens, targets shifted in documents."""
-    vocab = int(trial.model["vocab_size"]) if trial.model else 1000
     generator = torch.Generator().manual_seed(trial.seed + 1)
     return [_make_row(row, vocab, generator) for row in trial.rows]
 
@@ -186,35 +158,62 @@ def _make_row(row: Row, vocab: int, generator: torch.Generator) -> tuple[Batch, 
     return Batch(tokens.int(), positions.int(), starts.int(), lens.int()), targets
 
 
-def loss_sum(model: Any, batch: Batch, targets: Tensor) -> Tensor:
+def _loss_of(trial: Trial) -> LossOf:
+    if trial.chunked_head is None:
+        return whole_loss
+    return partial(_chunked_loss, chunk_rows=trial.chunked_head)
+
+
+def _chunked_loss(model: Any, batch: Batch, targets: Tensor, chunk_rows: int) -> Tensor:
+    hidden = model.hidden(batch)
+    softcap = float(getattr(model.config, "logits_softcap", 0.0))
+    return chunked_cross_entropy(
+        hidden,
+        model.head_weight(),
+        targets,
+        softcap=softcap,
+        bias=model.head_bias(),
+        chunk_rows=chunk_rows,
+    )
+
+
+def whole_loss(model: Any, batch: Batch, targets: Tensor) -> Tensor:
     """Sum of the cross entropies of a batch's valid targets, from whole logits."""
     softcap = float(getattr(model.config, "logits_softcap", 0.0))
     hidden = model.hidden(batch)
     weight, bias = model.head_weight(), model.head_bias()  # whole only once `hidden` has run
-    logits = ops.logits(hidden, weight, weight.shape[0], softcap if bias is None else 0.0)
+    logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 def accumulate(
-    model: Any, rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh, sharded: bool
+    model: Any,
+    loss_of: LossOf,
+    rows: Sequence[tuple[Batch, Tensor]],
+    mesh: Mesh,
+    is_cut: bool,
 ) -> float:
     """Gradients of the step's mean loss over all valid targets; that loss over all ranks."""
     count = _count(rows, mesh)
     loss = torch.zeros((), dtype=torch.float64)
     for batch, targets in rows:
-        part = loss_sum(model, *shard_batch(batch, targets, mesh.sp))
+        part = loss_of(model, *shard_batch(batch, targets, mesh.sp))
         torch.autograd.backward(part * (mesh.data.size / count))
         loss += part.detach().double()
-    if not sharded:
+    if not is_cut:
         average_gradients([p for p in model.parameters() if p.requires_grad], mesh.data)
     return float(total(loss, mesh.data)) / count
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh) -> float:
-    parts = [loss_sum(model, *shard_batch(*row, mesh.sp)).double() for row in rows]
+def _evaluate(
+    model: Any, loss_of: LossOf, rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh
+) -> float:
+    parts = [loss_of(model, *shard_batch(*row, mesh.sp)).double() for row in rows]
     return float(total(torch.stack(parts).sum(), mesh.data)) / _count(rows, mesh)
 
 
@@ -223,10 +222,10 @@ def _count(rows: Sequence[tuple[Batch, Tensor]], mesh: Mesh) -> int:
     return int(total(torch.tensor(own), mesh.dp))
 
 
-def _clip(parameters: list[nn.Parameter], mesh: Mesh, sharded: bool) -> None:
+def _clip(parameters: list[nn.Parameter], mesh: Mesh, is_cut: bool) -> None:
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     square = torch.stack([g.double().pow(2).sum() for g in grads]).sum()
-    norm = float(total(square, mesh.data) if sharded else square) ** 0.5
+    norm = float(total(square, mesh.data) if is_cut else square) ** 0.5
     if norm > CLIP:
         for grad in grads:
             grad.mul_(CLIP / norm)
