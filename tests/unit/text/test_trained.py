@@ -16,26 +16,29 @@ from sterna.text.spec import TokenizerSpec
 from sterna.text.tokenizer import Tokenizer
 from sterna.text.trained import trained_text
 
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
+'<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 MARKED = """{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}\
 {% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}\
 {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA3 = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + \
 '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\
+{% endif %}"""
 # The system prompt goes into the last user turn, so earlier renderings are no prefixes.
 MISTRAL = """{{ bos_token }}{% set ns = namespace(system='', last=-1) %}
 {%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content + '\n\n' %}{% endif %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST] ' }}{% if loop.index0 == ns.last %}{{ ns.system }}{% endif %}\
 {{ m.content + ' [/INST]' }}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}
 {%- endfor %}"""
-GEMMA = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}\
-{% endif %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + \
+GEMMA = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}\
+{{ raise_exception('no') }}{% endif %}\
+{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + \
 m.content | trim + '<end_of_turn>\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 # Reasoning is written for turns after the last question only; an empty block when there is none.
