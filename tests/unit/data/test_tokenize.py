@@ -100,13 +100,14 @@ def test_too_long(tmp_path, kit, tokenizer):
 def test_bad_rows_stop_or_are_counted_and_named(tmp_path, kit, tokenizer):
     path = kit.write_jsonl(tmp_path / "a.jsonl", [*kit.chat_rows(3), {"messages": []}])
     with path.open("a") as file:
-        file.write("{\n")
-    with pytest.raises(RowError, match=r'a.jsonl:[45]: .*on_bad_row = "skip"'):
+        file.write('{\n{"messages": [{"role": "assistant", "content": "\\ud83d"}]}\n')
+    with pytest.raises(RowError, match=r'a.jsonl:[456]: .*on_bad_row = "skip"'):
         rows_of(tokenizer, kit.settings(path))
     _, counts = rows_of(tokenizer, kit.settings(path, on_bad_row="skip", shuffle="none"))
-    assert counts.of["rows"] == 5 and counts.of["bad_rows"] == 2 and counts.of["documents"] == 3
+    assert counts.of["rows"] == 6 and counts.of["bad_rows"] == 3 and counts.of["documents"] == 3
     assert counts.bad_rows[0] == f"{path}:4: messages is empty"
     assert counts.bad_rows[1].startswith(f"{path}:5: is not valid JSON")
+    assert "half of a UTF-16 pair" in counts.bad_rows[2]
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
