@@ -114,11 +114,13 @@ def test_close_in_the_middle_goes_on(kit, tokenizer, chats):
 
 
 def test_held_out_rows_are_kept_apart(kit, tokenizer, chats):
-    data = kit.settings(chats, held_out=0.3)
+    data = kit.settings({"path": str(chats), "epochs": 2}, held_out=0.3)
     train, held = (
-        set(kit.texts_of(rows_of(tokenizer, data, part=part), tokenizer))
+        kit.texts_of(rows_of(tokenizer, data, part=part), tokenizer)
         for part in ("train", "held_out")
     )
+    assert set(Counter(train).values()) == {2} and set(Counter(held).values()) == {1}
+    train, held = set(train), set(held)
     assert not train & held and len(train | held) == 60
     assert 6 <= len(held) <= 30  # 18 in expectation, sigma 3.5
     with pytest.raises(DataError, match="nothing is held out"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import WordLevel
+from tokenizers import normalizers
+from tokenizers.models import BPE, WordLevel
 
 from sterna.core.errors import RequestError
 from sterna.text.chat import ChatRenderer
@@ -191,3 +192,22 @@ def test_choosing_among_blocks_that_are_not_one_a_message_is_refused():
     assert trained(one_block, talk("a", "b", "c", "d")) == ["abcd"]
     with pytest.raises(RequestError, match="1 generation blocks for 2"):
         trained(one_block, talk("a", "b", "c", "d"), "last")
+
+
+def test_marked_blocks_as_transformers_masks_them():
+    transformers = pytest.importorskip("transformers")
+    letters = {chr(i): i for i in range(33, 127)} | {"\u2423": 200, "\n": 201}
+    backend = Backend(BPE({**letters, "?": 202}, [], unk_token="?"))
+    backend.normalizer = normalizers.Replace(" ", "\u2423")
+    backend.add_special_tokens(list(ENDS))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    encoded = theirs.apply_chat_template(
+        TALK, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ours = Tokenizer(TokenizerSpec(backend, (300,), chat_template=MARKED))
+    found = trained_text(ChatRenderer(ours), TALK)
+    ids = ours.encode(found.text, add_special_tokens=False)
+    starts = ours.token_starts(found.text, ids)
+    mask = [int(any(a <= s < b for a, b in found.spans)) for s in starts]
+    assert ids == list(encoded["input_ids"])
+    assert mask == list(encoded["assistant_masks"])
