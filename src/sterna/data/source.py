@@ -47,6 +47,7 @@ class Source:
         self.config = config
         self._data = data
         self._number = number
+        self._part = part
         self._tables = open_tables(config, data.shuffle_buffer)
         self._ends = list(accumulate(table.num_rows for table in self._tables))
         self._rows = self._choose(part)
@@ -138,8 +139,10 @@ class Source:
 
     @property
     def is_over_after(self) -> int | None:
-        """Draws after which the source is exhausted; None = never."""
-        return self.config.epochs * self.num_rows or None
+        """Draws after which the source is exhausted; None = never. What is held out is read
+        once, however often its source is trained on."""
+        epochs = 1 if self._part == "held_out" else self.config.epochs
+        return epochs * self.num_rows or None
 
     def fingerprint(self) -> str:
         """A hash of the content of all files, in order."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,6 @@ from sterna.text.chat import ChatRenderer
 from sterna.text.tokenizer import Tokenizer
 from sterna.text.trained import trained_text
 
-_NAMED = 20  # bad rows whose place is kept
-
 
 @dataclass(slots=True)
 class Counts:
@@ -32,13 +31,14 @@ class Counts:
     over seq_len), untrained (without a target), documents, tokens, targets, packed_rows,
     capacity (packed_rows times seq_len), documents_N and tokens_N of source N."""
 
+    NAMED: ClassVar[int] = 20  # bad rows whose place is kept
     of: Counter[str] = field(default_factory=Counter)
     bad_rows: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
         """Add another's counts; the first 20 bad rows stay named."""
         self.of.update(other.of)
-        self.bad_rows.extend(other.bad_rows[: _NAMED - len(self.bad_rows)])
+        self.bad_rows.extend(other.bad_rows[: self.NAMED - len(self.bad_rows)])
 
     @property
     def fill(self) -> float:
@@ -118,8 +118,11 @@ class DocumentMaker:
             as_chat = self._as_chat[row.source]
             sample = read_row(row.table.decode(row.raw), source.format, source.config, as_chat)
             if isinstance(sample, Plain):
-                return self._plain(sample, row.source, where)
-            return self._chat(sample, row.source, where)
+                found = self._plain(sample, row.source, where)
+            else:
+                found = self._chat(sample, row.source, where)
+            _check_unicode(found.text)
+            return found
         except (RowError, RequestError) as error:
             message = f"{where}: {error.message}"
             if self._data.on_bad_row == "fail":
@@ -207,6 +210,13 @@ class DocumentMaker:
                 return [0]
             case _:
                 return []
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("holds half of a UTF-16 pair, which is no text") from error
 
 
 def _shifted(tokens: NDArray[np.int32], is_trained: NDArray[np.bool_]) -> NDArray[np.int32]:

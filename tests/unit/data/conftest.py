@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, decoders, pre_tokenizers
@@ -14,14 +15,14 @@ from sterna.text.spec import TokenizerSpec
 from sterna.text.token_bytes import byte_alphabet
 from sterna.text.tokenizer import Tokenizer
 
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
+'<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def byte_tokenizer(template=CHATML, merges=()):
     """A token a byte (and a few merges), an EOS and the marks of ChatML."""
-    letters = list(byte_alphabet().keys() if isinstance(byte_alphabet(), dict) else byte_alphabet())
-    vocab = {letter: i for i, letter in enumerate(sorted(letters))}
+    vocab = {letter: i for i, letter in enumerate(sorted(byte_alphabet()))}
     for a, b in merges:
         vocab[a + b] = len(vocab)
     backend = Backend(BPE(vocab, list(merges)))
@@ -70,3 +71,11 @@ def texts_of(rows, tokenizer):
 def trained_of(row, tokenizer):
     """The trained targets of a row, as one text."""
     return tokenizer.decode([int(t) for t in row.targets if t >= 0], skip_special_tokens=False)
+
+
+@pytest.fixture(scope="session")
+def kit():
+    return SimpleNamespace(
+        byte_tokenizer=byte_tokenizer, settings=settings, write_jsonl=write_jsonl,
+        chat_rows=chat_rows, texts_of=texts_of, trained_of=trained_of,
+    )  # fmt: skip

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import WordLevel
+from tokenizers import normalizers
+from tokenizers.models import BPE, WordLevel
 
 from sterna.core.errors import RequestError
 from sterna.text.chat import ChatRenderer
@@ -16,26 +17,29 @@ from sterna.text.spec import TokenizerSpec
 from sterna.text.tokenizer import Tokenizer
 from sterna.text.trained import trained_text
 
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
+'<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 MARKED = """{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}\
 {% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}\
 {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA3 = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + \
 '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\
+{% endif %}"""
 # The system prompt goes into the last user turn, so earlier renderings are no prefixes.
 MISTRAL = """{{ bos_token }}{% set ns = namespace(system='', last=-1) %}
 {%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content + '\n\n' %}{% endif %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST] ' }}{% if loop.index0 == ns.last %}{{ ns.system }}{% endif %}\
 {{ m.content + ' [/INST]' }}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}
 {%- endfor %}"""
-GEMMA = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}\
-{% endif %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + \
+GEMMA = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}\
+{{ raise_exception('no') }}{% endif %}\
+{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + \
 m.content | trim + '<end_of_turn>\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 # Reasoning is written for turns after the last question only; an empty block when there is none.
@@ -188,3 +192,22 @@ def test_choosing_among_blocks_that_are_not_one_a_message_is_refused():
     assert trained(one_block, talk("a", "b", "c", "d")) == ["abcd"]
     with pytest.raises(RequestError, match="1 generation blocks for 2"):
         trained(one_block, talk("a", "b", "c", "d"), "last")
+
+
+def test_marked_blocks_as_transformers_masks_them():
+    transformers = pytest.importorskip("transformers")
+    letters = {chr(i): i for i in range(33, 127)} | {"\u2423": 200, "\n": 201}
+    backend = Backend(BPE({**letters, "?": 202}, [], unk_token="?"))
+    backend.normalizer = normalizers.Replace(" ", "\u2423")
+    backend.add_special_tokens(list(ENDS))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    encoded = theirs.apply_chat_template(
+        TALK, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ours = Tokenizer(TokenizerSpec(backend, (300,), chat_template=MARKED))
+    found = trained_text(ChatRenderer(ours), TALK)
+    ids = ours.encode(found.text, add_special_tokens=False)
+    starts = ours.token_starts(found.text, ids)
+    mask = [int(any(a <= s < b for a, b in found.spans)) for s in starts]
+    assert ids == list(encoded["input_ids"])
+    assert mask == list(encoded["assistant_masks"])
