@@ -11,6 +11,7 @@ import transformers as tf
 
 from sterna.core.errors import ConfigError, TrainError
 from sterna.train import verify as verify_module
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import Recipe
 from sterna.train.trial import Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
@@ -106,3 +107,11 @@ def test_a_feature_that_cannot_run_is_a_failed_check(folder):
     certificate = verify(recipe_of(folder, {"sp": 3, "ulysses": 2}))
     failed = {check.feature: check.failure for check in certificate.checks if not check.is_passed}
     assert "ulysses" in failed["sequence over 3"]
+
+
+def test_an_adapter_is_compared_with_plain_training_of_the_adapter(folder):
+    recipe = recipe_of(folder, {"sp": 2})
+    adapted = recipe.model_copy(update={"adapter": AdapterConfig(rank=4, dropout=0.1, layers=(2,))})
+    certificate = verify(adapted)
+    assert certificate.is_passed, certificate.text()
+    assert "parts" in certificate.checks[0].errors.worst_grad  # adapters alone have gradients
