@@ -95,11 +95,21 @@ def ranks():
 REFERENCES = {}
 
 
-def check(ranks, mesh, rows, dtype="float64", backend="native", chunked=None, frozen=(), **model):
+def check(
+    ranks,
+    mesh,
+    rows,
+    dtype="float64",
+    backend="native",
+    chunked=None,
+    frozen=(),
+    adapter=None,
+    **model,
+):
     world, parallel = MESHES[mesh]
     kind = "native" if backend == "native" else "hf"
     shape = TrialModel(config(**model) if backend == "native" else HF[backend], backend=kind)
-    plain = Trial(ROWS[rows], shape, dtype=dtype, frozen=frozen)
+    plain = Trial(ROWS[rows], shape, dtype=dtype, frozen=frozen, adapter=adapter)
     if repr(plain) not in REFERENCES:
         REFERENCES[repr(plain)] = run_trial(plain)
     spread = replace(plain, parallel=parallel, chunked_head=chunked)
@@ -175,3 +185,10 @@ def test_models_behind_transformers(ranks, backend):
 @pytest.mark.parametrize("backend", HF)
 def test_models_behind_transformers_on_every_mesh(ranks, backend, mesh):
     check(ranks, mesh, "dp", "float32", backend)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters(ranks, kind):
+    adapter = {"kind": kind, "rank": 4}
+    check(ranks, "dp2-sp2", "dp", adapter=adapter)
+    check(ranks, "sp2-replicated", "empty-shard", adapter=adapter, tied=True)

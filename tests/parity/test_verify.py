@@ -11,6 +11,7 @@ import transformers as tf
 
 from sterna.core.errors import ConfigError, TrainError
 from sterna.train import verify as verify_module
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import Recipe
 from sterna.train.trial import Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
@@ -66,7 +67,11 @@ def test_a_difference_fails_and_is_named(folder, monkeypatch):
     """The reference sees other targets than the spread trials: everything must fail."""
     plain = verify_module.run_trial
     other = (Row((5, 18, 14), drop=0.0), *verify_module.ROWS[1:])
-    monkeypatch.setattr(verify_module, "run_trial", lambda t: plain(replace(t, rows=other)))
+
+    def run(trial):
+        return plain(trial if trial.chunked_head else replace(trial, rows=other))
+
+    monkeypatch.setattr(verify_module, "run_trial", run)
     certificate = verify(recipe_of(folder, {}))
     assert not certificate.is_passed
     assert "FAILED" in certificate.text()
@@ -85,6 +90,12 @@ def test_a_scale_that_adam_hides_is_seen_by_the_clipped_weights():
     assert compare(reference, missing).grad == 1.0
 
 
+def test_under_torchrun_it_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        verify(recipe_of(folder, {}))
+
+
 def test_what_is_not_covered_is_refused(folder):
     recipe = recipe_of(folder, {}, neftune_alpha=5.0)
     with pytest.raises(ConfigError, match="neftune_alpha"):
@@ -96,3 +107,11 @@ def test_a_feature_that_cannot_run_is_a_failed_check(folder):
     certificate = verify(recipe_of(folder, {"sp": 3, "ulysses": 2}))
     failed = {check.feature: check.failure for check in certificate.checks if not check.is_passed}
     assert "ulysses" in failed["sequence over 3"]
+
+
+def test_an_adapter_is_compared_with_plain_training_of_the_adapter(folder):
+    recipe = recipe_of(folder, {"sp": 2})
+    adapted = recipe.model_copy(update={"adapter": AdapterConfig(rank=4, dropout=0.1, layers=(2,))})
+    certificate = verify(adapted)
+    assert certificate.is_passed, certificate.text()
+    assert "parts" in certificate.checks[0].errors.worst_grad  # adapters alone have gradients

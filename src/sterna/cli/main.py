@@ -81,10 +81,20 @@ def build_app() -> App:
         help="Compare two models' predictions on texts: KL, top-1, perplexity.",
     )
     app.command(_bench_app())
+    app.command(_data_app())
     app.command(
         "sterna.cli.doctor:doctor", name="doctor", help="Say which kernels run here, and why."
     )
     return app
+
+
+def _data_app() -> App:
+    data = App(name="data", help="Look at training data, or tokenise them once for all.")
+    data.command(
+        "sterna.cli.data:inspect", name="inspect", help="Count rows and show what is trained."
+    )
+    data.command("sterna.cli.data:pack", name="pack", help="Write sources as packed token shards.")
+    return data
 
 
 def _bench_app() -> App:

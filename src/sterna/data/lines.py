@@ -55,8 +55,7 @@ class _Spans(Table):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        self._fd: int | None = None
         self._starts, self._ends, self._lines = self._spans()
         self.num_rows = len(self._starts)
         if not self.num_rows:
@@ -65,18 +64,43 @@ class _Spans(Table):
     def _spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Start, end and line number (from 0) of every row: here of lines that are not blank."""
         ends = _newlines(self.path)
-        lines = np.flatnonzero(np.diff(ends) > _BLANK)
+        lines = np.flatnonzero(self._is_full(ends))
         return ends[lines], ends[lines + 1], lines
+
+    def _is_full(self, ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each line holds more than its line break."""
+        sizes = np.diff(ends)
+        is_full: NDArray[np.bool_] = sizes > _BLANK
+        unsure = np.flatnonzero(sizes == _BLANK)  # "\r\n", or one character
+        if len(sizes) and sizes[-1] < _BLANK:
+            unsure = np.append(unsure, len(sizes) - 1)  # the last line may have no break
+        for n in unsure:
+            is_full[n] = bool(self._read(int(ends[n]), int(sizes[n])).strip(b"\r\n"))
+        return is_full
 
     def fetch(self, i: int) -> bytes:
         start, end = int(self._starts[i]), int(self._ends[i])
-        raw = os.pread(self._fd, end - start, start)
+        raw = self._read(start, end - start)
         if len(raw) < end - start:
             raise DataError(f"{self.path}: became shorter while it was read; start again")
         return raw
 
-    def where(self, i: int) -> str:
+    def _read(self, at: int, size: int) -> bytes:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+            self._close = weakref.finalize(self, os.close, self._fd)
+        return os.pread(self._fd, size, at)
+
+    def where(self, i: int, raw: bytes) -> str:
         return f"{self.path}:{self._lines[i] + 1}"
+
+    def num_bytes(self, raw: bytes) -> int:
+        return len(raw)
+
+    def release(self) -> None:
+        if self._fd is not None:
+            self._close()
+            self._fd = None
 
 
 class JsonLines(_Spans):
@@ -89,17 +113,6 @@ class JsonLines(_Spans):
 class TextLines(_Spans):
     """One document a line, its line break not included."""
 
-    def _spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        ends = _newlines(self.path)
-        sizes = np.diff(ends)
-        is_short = [self._is_one_character(ends[n]) for n in np.flatnonzero(sizes == _BLANK)]
-        sizes[sizes == _BLANK] = np.where(is_short, _BLANK + 1, 0) if is_short else 0
-        lines = np.flatnonzero(sizes > _BLANK)
-        return ends[lines], ends[lines + 1], lines
-
-    def _is_one_character(self, at: int) -> bool:
-        return os.pread(self._fd, 1, int(at)) != b"\r"
-
     def decode(self, raw: bytes) -> Any:
         return {"text": _text(raw).rstrip("\r\n")}
 
@@ -109,7 +122,7 @@ class Paragraphs(_Spans):
 
     def _spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         ends = _newlines(self.path)
-        is_full = np.diff(ends) > _BLANK
+        is_full = self._is_full(ends)
         edges = np.diff(np.concatenate([[False], is_full, [False]]).astype(np.int8))
         first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
         return ends[first], ends[last], first
@@ -130,6 +143,9 @@ class WholeFile(Table):
 
     def fetch(self, i: int) -> bytes:
         return self.path.read_bytes()
+
+    def num_bytes(self, raw: bytes) -> int:
+        return len(raw)
 
     def decode(self, raw: bytes) -> Any:
         return {"text": _text(raw)}

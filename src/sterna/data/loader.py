@@ -7,7 +7,7 @@ so the place of the next row is (the place before its window, rows taken of it):
 Ranks take turns: of every `world` rows of the one global stream, rank r gets the r-th. So the
 union over ranks is the same for every world, and a run can go on with another number of ranks.
 Each rank walks the whole stream, which costs tokenisation on every rank; packed token shards
-(`shards`) make that free.
+(`shards`) spare it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from sterna.core.errors import DataError
+from sterna.core.log import get_logger
 from sterna.data.ahead import Ahead, mapped
 from sterna.data.config import DataConfig
 from sterna.data.mix import Batch, Cursor, Mixer
@@ -28,6 +29,7 @@ from sterna.data.source import Source
 from sterna.data.tokenize import Counts, DocumentMaker
 from sterna.text.tokenizer import Tokenizer
 
+_log = get_logger(__name__)
 _VERSION = 1
 _MIN_WINDOW_ROWS = 16
 # Settings that do not change the rows.
@@ -115,7 +117,12 @@ class Loader:
             windows = self._windows(self._place)
             self._ahead = Ahead(windows, 1) if self._data.prefetch else windows
         self._window = next(self._ahead, None)
-        return self._window is not None
+        if self._window is None:
+            return False
+        room = Counts.NAMED - len(self._before.bad_rows)
+        for message in self._window.counts.bad_rows[: max(room, 0)]:
+            _log.warning("skipped: %s", message)
+        return True
 
     def _windows(self, start: Cursor) -> Iterator[_Window]:
         """The windows from a batch border on."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sterna.core.errors import DataError
 from sterna.data.config import DataConfig
 from sterna.data.order import mix, uniform
-from sterna.data.source import Source
-from sterna.data.tokenize import RawRow
+from sterna.data.source import RawRow, Source
 
 # Rows that are read and tokenised together: enough for one call, small enough to be spread.
 _BATCH_ROWS = 64
@@ -55,9 +53,9 @@ class Mixer:
                 chosen = self._choose(cursor)
                 if chosen is None:
                     break
-                table, number = self._sources[chosen].row(cursor.drawn[chosen])
-                rows.append(RawRow(chosen, table, number, table.fetch(number)))
-                size += len(rows[-1].raw)
+                row = self._sources[chosen].fetch(cursor.drawn[chosen])
+                rows.append(row)
+                size += row.table.num_bytes(row.raw)
                 cursor = _advanced(cursor, chosen)
             if not rows:
                 return
@@ -82,14 +80,6 @@ class Mixer:
                 if point < 0:
                     break
         return last
-
-    def check(self, cursor: Cursor) -> None:
-        """Raise DataError if the cursor is not one of these sources."""
-        if len(cursor.drawn) != len(self._sources) or sum(cursor.drawn) != cursor.draws:
-            raise DataError(
-                f"the saved place has {len(cursor.drawn)} sources, the recipe has "
-                f"{len(self._sources)}; resume with the recipe of the run"
-            )
 
 
 def _advanced(cursor: Cursor, chosen: int) -> Cursor:

@@ -39,9 +39,17 @@ class Table(ABC):
     def decode(self, raw: Any) -> Any:
         """What `fetch` gave, as a row. Raises RowError (without a place) if it is malformed."""
 
-    def where(self, i: int) -> str:
-        """The place of row i, for messages."""
-        return f"{self.path}:{i + 1}"
+    def where(self, i: int, raw: Any) -> str:
+        """The place of row i, for messages; `raw` is what `fetch` gave."""
+        return f"{self.path}: row {i + 1}"
+
+    def num_bytes(self, raw: Any) -> int:
+        """About how large a fetched row is."""
+        return int(raw.nbytes)
+
+    def release(self) -> None:
+        """Let go of what only speeds up the next `fetch`: decoded rows, an open file."""
+        return
 
     def fingerprint(self) -> str:
         """A hash of the content."""

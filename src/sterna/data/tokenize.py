@@ -10,34 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sterna.core.errors import DataError, RequestError, RowError
-from sterna.core.log import get_logger
 from sterna.data.config import DataConfig
 from sterna.data.formats import Conversation, Plain, read_row
 from sterna.data.pack import IGNORE, Document
-from sterna.data.source import Source
-from sterna.data.tables import Table
+from sterna.data.source import RawRow, Source
 from sterna.text.chat import ChatRenderer
 from sterna.text.tokenizer import Tokenizer
 from sterna.text.trained import trained_text
-
-_log = get_logger(__name__)
-_NAMED = 20  # bad rows whose place is kept
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """A fetched row: its source, its table, its number there and what stands in the file."""
-
-    source: int
-    table: Table
-    number: int
-    raw: Any
 
 
 @dataclass(slots=True)
@@ -46,13 +31,14 @@ class Counts:
     over seq_len), untrained (without a target), documents, tokens, targets, packed_rows,
     capacity (packed_rows times seq_len), documents_N and tokens_N of source N."""
 
+    NAMED: ClassVar[int] = 20  # bad rows whose place is kept
     of: Counter[str] = field(default_factory=Counter)
     bad_rows: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
         """Add another's counts; the first 20 bad rows stay named."""
         self.of.update(other.of)
-        self.bad_rows.extend(other.bad_rows[: _NAMED - len(self.bad_rows)])
+        self.bad_rows.extend(other.bad_rows[: self.NAMED - len(self.bad_rows)])
 
     @property
     def fill(self) -> float:
@@ -65,6 +51,16 @@ class _Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     is_chat: bool
+    source: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A tokenised document of any length; arrays as in Document."""
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.int32]
     source: int
     where: str
 
@@ -84,29 +80,49 @@ class DocumentMaker:
         ]
         self._before, self._after = _around(tokenizer)
         self._end = _document_end(tokenizer, data.document_end)
-        self._turn_ends = frozenset(tokenizer.eos_token_ids)
+        for source in sources:
+            source.check_tokenizer(tokenizer.fingerprint)
+            if source.is_tokens and data.train_on == "last":
+                raise DataError(
+                    f"{source.config.path}: token shards keep which tokens are trained, not which "
+                    'turn they are of; pack them with train_on = "last"'
+                )
 
     def make(self, rows: Sequence[RawRow]) -> tuple[list[Document], Counts]:
         """The documents of some rows, in order, and what was counted."""
         counts = Counts(Counter(rows=len(rows)))
-        rendered = [found for row in rows if (found := self._render(row, counts)) is not None]
-        encoded = self._tokenizer.encode_batch([r.text for r in rendered], add_special_tokens=False)
+        found = [one for row in rows if (one := self._prepare(row, counts)) is not None]
+        texts = [one.text for one in found if isinstance(one, _Rendered)]
+        encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         documents: list[Document] = []
-        for one, ids in zip(rendered, encoded, strict=True):
-            tokens, targets = self._targets(one, ids)
-            documents.extend(self._fitted(tokens, targets, one, counts))
+        for one in found:
+            whole = self._whole(one, next(encoded)) if isinstance(one, _Rendered) else one
+            documents.extend(self._fitted(whole, counts))
         return documents, counts
+
+    def _prepare(self, row: RawRow, counts: Counts) -> _Rendered | _Whole | None:
+        """What is to be tokenised, or is already; None for a bad row that is skipped."""
+        if not self._sources[row.source].is_tokens:
+            return self._render(row, counts)
+        tokens, is_trained = row.raw
+        if self._data.train_on == "all":
+            is_trained = np.ones(len(tokens), np.bool_)
+        where = row.table.where(row.number, row.raw)
+        return _Whole(tokens, _shifted(tokens, is_trained), row.source, where)
 
     def _render(self, row: RawRow, counts: Counts) -> _Rendered | None:
         """The row's text and spans; None for a bad row that is skipped."""
         source = self._sources[row.source]
-        where = row.table.where(row.number)
+        where = row.table.where(row.number, row.raw)
         try:
             as_chat = self._as_chat[row.source]
             sample = read_row(row.table.decode(row.raw), source.format, source.config, as_chat)
             if isinstance(sample, Plain):
-                return self._plain(sample, row.source, where)
-            return self._chat(sample, row.source, where)
+                found = self._plain(sample, row.source, where)
+            else:
+                found = self._chat(sample, row.source, where)
+            _check_unicode(found.text)
+            return found
         except (RowError, RequestError) as error:
             message = f"{where}: {error.message}"
             if self._data.on_bad_row == "fail":
@@ -127,20 +143,19 @@ class DocumentMaker:
         )
         return _Rendered(found.text, found.spans, True, source, where)
 
-    def _targets(
-        self, one: _Rendered, ids: list[int]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Tokens and shifted targets of a whole document."""
-        is_trained = self._mask(one, ids)
+    def _whole(self, one: _Rendered, ids: list[int]) -> _Whole:
+        """The whole document."""
+        is_trained = list(self._mask(one, ids))
         if not one.is_chat:
             ids = [*self._before, *ids, *self._after]
-            is_trained = np.pad(is_trained, (len(self._before), len(self._after)), mode="edge")
-        end = self._missing_end(one, ids)
-        tokens = np.array([*ids, *end], np.int32)
-        is_trained = np.pad(is_trained, (0, len(end)), mode="edge")
-        targets = np.full(len(tokens), IGNORE, np.int32)
-        targets[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
-        return tokens, targets
+            is_trained = [False] * len(self._before) + is_trained + [True] * len(self._after)
+        if end := self._missing_end(one, ids):
+            ids = [*ids, *end]
+            is_trained += is_trained[-1:]
+        tokens = np.array(ids, np.int32)
+        return _Whole(
+            tokens, _shifted(tokens, np.array(is_trained, np.bool_)), one.source, one.where
+        )
 
     def _mask(self, one: _Rendered, ids: list[int]) -> NDArray[np.bool_]:
         if one.spans == ((0, len(one.text)),):
@@ -157,27 +172,22 @@ class DocumentMaker:
         if not one.is_chat:
             return [] if self._end is None or ids[-1:] == [self._end] else [self._end]
         has_end = one.text.rstrip().endswith(self._renderer.turn_ends)
-        return [] if has_end or not self._turn_ends else list(self._tokenizer.eos_token_ids[:1])
+        return [] if has_end else list(self._tokenizer.eos_token_ids[:1])
 
-    def _fitted(
-        self,
-        tokens: NDArray[np.int32],
-        targets: NDArray[np.int32],
-        one: _Rendered,
-        counts: Counts,
-    ) -> list[Document]:
+    def _fitted(self, whole: _Whole, counts: Counts) -> list[Document]:
         """The document, or its pieces, within seq_len; none if nothing in it is trained.
 
         Targets were set before the cut, so the last token of a piece is still trained on the
         first of the next.
         """
+        tokens, targets = whole.tokens, whole.targets
         size = self._data.seq_len
         starts = [0]
         if len(tokens) > size:
             counts.of["too_long"] += 1
-            starts = self._cut(len(tokens), one)
+            starts = self._cut(whole)
         pieces = [
-            Document(tokens[at : at + size], targets[at : at + size], one.source) for at in starts
+            Document(tokens[at : at + size], targets[at : at + size], whole.source) for at in starts
         ]
         kept = [piece for piece in pieces if np.any(piece.targets != IGNORE)]
         counts.of["untrained"] += len(pieces) - len(kept)
@@ -185,13 +195,14 @@ class DocumentMaker:
             _count(counts, piece)
         return kept
 
-    def _cut(self, length: int, one: _Rendered) -> list[int]:
+    def _cut(self, whole: _Whole) -> list[int]:
         """Where the pieces of a too long document begin."""
+        length = len(whole.tokens)
         match self._data.too_long:
             case "fail":
                 raise DataError(
-                    f"{one.where}: has {length:,} tokens, seq_len is {self._data.seq_len:,}; raise "
-                    'seq_len or set too_long = "truncate", "drop" or "split"'
+                    f"{whole.where}: has {length:,} tokens, seq_len is {self._data.seq_len:,}; "
+                    'raise seq_len or set too_long = "truncate", "drop" or "split"'
                 )
             case "split":
                 return list(range(0, length, self._data.seq_len))
@@ -199,6 +210,20 @@ class DocumentMaker:
                 return [0]
             case _:
                 return []
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("holds half of a UTF-16 pair, which is no text") from error
+
+
+def _shifted(tokens: NDArray[np.int32], is_trained: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Each position's next token where that is trained, else IGNORE."""
+    targets = np.full(len(tokens), IGNORE, np.int32)
+    targets[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
+    return targets
 
 
 def _count(counts: Counts, document: Document) -> None:

@@ -14,6 +14,7 @@ added.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,13 +172,17 @@ def load_hf(
     Code that comes with a checkpoint is never run. Raises ModelNotFoundError, ModelFileError, and
     UnsupportedModelError for a model that cannot be proven.
     """
-    from transformers import AutoModelForCausalLM
-
     from sterna.model.hf_checks import prove
 
     if not Path(path).is_dir():
         raise ModelNotFoundError(f"{path}: no such folder; give one with config.json and weights")
     kind = getattr(torch, dtype)
+    if importlib.util.find_spec("transformers") is None:
+        raise UnsupportedModelError(
+            f"{path}: running it behind transformers needs that package; pip install sterna[train]"
+        )
+    from transformers import AutoModelForCausalLM
+
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=kind, local_files_only=True, trust_remote_code=False

@@ -106,7 +106,7 @@ class _AllGather(torch.autograd.Function):
         out = x.new_zeros(axis.size, longest, *x.shape[1:])
         mine = out[axis.rank].clone()
         mine[: x.shape[0]] = x
-        dist.all_gather_into_tensor(out.flatten(0, 1), mine, group=axis.group)
+        dist.all_gather(list(out.unbind(0)), mine, group=axis.group)
         return torch.cat([out[i, :size] for i, size in enumerate(sizes)])
 
     @staticmethod

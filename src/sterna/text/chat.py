@@ -96,7 +96,6 @@ class ChatRenderer:
                 )
             _mark_final(plain)
         text = self._run(
-            self._compiled,
             messages=plain,
             tools=None if tools is None else _plain(list(tools)),
             documents=None if documents is None else _plain(list(documents)),
@@ -114,7 +113,7 @@ class ChatRenderer:
         """`render` of a whole conversation with MARK_OPEN and MARK_CLOSE around what the template
         puts into `{% generation %}` blocks (`marks_generation` tells whether it has any)."""
         return self._run(
-            self._compiled_marked,
+            True,
             messages=self._prepared(messages, tools),
             tools=None if tools is None else _plain(list(tools)),
             documents=None,
@@ -128,8 +127,9 @@ class ChatRenderer:
         plain = plain_messages(messages, keep_parts=self._keep_parts)
         return plain if self.knows_tools else with_tool_prompt(plain, tools)
 
-    def _run(self, template: jinja2.Template, /, **variables: Any) -> str:
+    def _run(self, marked: bool = False, /, **variables: Any) -> str:
         try:
+            template = self._compiled_marked if marked else self._compiled
             return template.render(**variables)
         except _TEMPLATE_FAILURES as error:
             raise RequestError(

@@ -68,6 +68,12 @@ def _is_wanted(message: Mapping[str, Any]) -> bool:
     return message.get("train") is not False and message.get("weight") != 0
 
 
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    has_text = bool(content.strip() if isinstance(content, str) else content)
+    return has_text or bool(message.get("tool_calls"))
+
+
 def _choose(
     spans: list[tuple[int, int]], answers: list[int], wanted: list[int]
 ) -> tuple[tuple[int, int], ...]:
@@ -123,6 +129,8 @@ class _Turns:
     def span(self, i: int) -> tuple[int, int]:
         """The characters of assistant message i, its end of turn included."""
         start, end = self._stable(i) or self._probed(i)
+        if not self.text[start:end].strip() and _says_something(self._messages[i]):
+            raise self._refusal(i)  # the template drops it
         return start, self._turn_end(start, end)
 
     def _stable(self, i: int) -> tuple[int, int] | None:

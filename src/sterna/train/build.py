@@ -23,6 +23,7 @@ from sterna.train.config import Recipe
 from sterna.train.ema import Ema
 from sterna.train.flops import FlopCounter, measure_peak
 from sterna.train.hooks import Hook
+from sterna.train.lora import Lora
 from sterna.train.metrics import MetricsFile
 from sterna.train.neftune import Neftune, embedding_of
 from sterna.train.optim import AdamW
@@ -59,7 +60,7 @@ def build(
     mesh = open_mesh(recipe.parallel, recipe.model.device)
     _check_rows(recipe, mesh)
     source = find_source(recipe, resume, mesh)
-    task = task or TASKS[recipe.kind]()
+    task = task or choose_task(recipe)
     torch.manual_seed(recipe.run.seed + mesh.rank)
     model = task.build(recipe, mesh, source)
     tokenizer = load_tokenizer(_tokenizer_path(recipe))
@@ -89,6 +90,13 @@ def build(
             source=source,
         )
     )
+
+
+def choose_task(recipe: Recipe) -> Task:
+    """The task of a recipe's kind and adapter."""
+    if recipe.adapter is not None:
+        return Lora(recipe.adapter)
+    return TASKS[recipe.kind]()
 
 
 def _new_step(

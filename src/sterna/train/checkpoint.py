@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sterna.core.errors import CheckpointError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
 from sterna.model.save import save_tensors
+from sterna.train.task import Weights
 
 _log = get_logger(__name__)
 MARKER = "COMPLETE"
@@ -47,7 +48,7 @@ class Snapshot:
     step: int
     tensors: dict[str, Tensor]  # weights by checkpoint name; empty on ranks that do not write
     config: dict[str, Any]
-    files: dict[str, str]
+    files: dict[str, str | bytes]
     state: dict[str, Tensor]  # of this rank
     meta: dict[str, Any]
 
@@ -62,14 +63,9 @@ def write_checkpoint(
     final = folder_of(parent, snapshot.step)
     work = parent / f".{final.name}.tmp"
     try:
-        if is_main:
-            shutil.rmtree(work, ignore_errors=True)
-            save_tensors(snapshot.tensors.items(), snapshot.config, work)
-            _write_files(work, snapshot)
+        _together(lambda: _write_model(work, snapshot), is_main, group)
         _save_state(work / STATE, snapshot.state, group)
-        if is_main:
-            _seal(work)
-            _replace_folder(work, final)
+        _together(lambda: _seal(work, final), is_main, group)
     except BaseException:
         if is_main:
             shutil.rmtree(work, ignore_errors=True)
@@ -155,29 +151,53 @@ def remove_leftovers(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(checkpoint: Path, target: Path, replaced: Mapping[str, Tensor] | None = None) -> None:
+def publish(
+    checkpoint: Path, target: Path, weights: Weights | None = None, files: Collection[str] = ()
+) -> None:
     """Make `target` the model folder of a checkpoint: hard links, so it takes no space.
 
-    `replaced`: tensors written in the place of the checkpoint's own (averaged weights).
+    `weights`: written in the place of the checkpoint's own; of its files only `files` are kept.
     """
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    if replaced is not None:
-        config = json.loads((checkpoint / "config.json").read_text())
-        save_tensors(replaced.items(), config, work)
+    if weights is not None:
+        save_tensors(weights.tensors, weights.config, work)
     for path in checkpoint.iterdir():
-        is_weights = path.name.startswith("model") or path.name == "config.json"
-        if path.is_file() and path.name not in (MARKER, META) and not (replaced and is_weights):
+        is_kept = path.name not in (MARKER, META) if weights is None else path.name in files
+        if path.is_file() and is_kept:
             _link(path, work / path.name)
     _sync_tree(work)
     _replace_folder(work, target)
 
 
-def _write_files(folder: Path, snapshot: Snapshot) -> None:
-    for name, text in snapshot.files.items():
-        write_atomic(folder / name, text)
-    write_atomic(folder / META, json.dumps(snapshot.meta, indent=2) + "\n")
+def _together(act: Callable[[], None], is_main: bool, group: dist.ProcessGroup | None) -> None:
+    """Do something on the main rank while the others wait; its error is raised on all."""
+    error: Exception | None = None
+    if is_main:
+        try:
+            act()
+        except Exception as raised:  # noqa: BLE001  raised below, after the others know
+            error = raised
+    reasons: list[str] = [str(error) if error is not None else ""]
+    if group is not None:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, reasons[0], group=group)
+        reasons = gathered
+    if error is not None:
+        raise error
+    if any(reasons):
+        raise CheckpointError("; ".join(reason for reason in reasons if reason))
+
+
+def _write_model(work: Path, snapshot: Snapshot) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    if snapshot.config:
+        save_tensors(snapshot.tensors.items(), snapshot.config, work)
+    for name, content in snapshot.files.items():
+        write_atomic(work / name, content)
+    write_atomic(work / META, json.dumps(snapshot.meta, indent=2) + "\n")
 
 
 def _save_state(folder: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
@@ -191,12 +211,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def _seal(folder: Path) -> None:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    _sync_tree(folder)
-    write_atomic(folder / MARKER, json.dumps(sizes, indent=2) + "\n")
-    _sync(folder)
+def _seal(work: Path, final: Path) -> None:
+    """Mark `work` as complete and give it its name."""
+    files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(work)): path.stat().st_size for path in files}
+    _sync_tree(work)
+    write_atomic(work / MARKER, json.dumps(sizes, indent=2) + "\n")
+    _sync(work)
+    _replace_folder(work, final)
 
 
 def _replace_folder(work: Path, final: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sterna.data.config import DataConfig
 from sterna.parallel.config import ParallelConfig
+from sterna.train.adapter_config import AdapterConfig
 
 Kind = Literal["sft", "pretrain", "distill"]
 
@@ -38,6 +39,11 @@ class ModelSection(Section):
     backend: Literal["auto", "native", "hf"] = Field(
         default="auto",
         description="native decoder, transformers' own model, or native where it is known",
+    )
+    weights: str = Field(
+        default="auto",
+        description="of an adapter's frozen base: as stored, bf16, or rounded at load to fp6, "
+        "int4-g32, ... (`sterna quantize`)",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
@@ -180,6 +186,9 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
+    adapter: AdapterConfig | None = Field(
+        default=None, description="train a low-rank adapter, not the weights"
+    )
     parallel: ParallelConfig = Field(
         default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"
     )

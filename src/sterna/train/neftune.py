@@ -21,7 +21,7 @@ from sterna.train import rounding
 
 def embedding_of(model: nn.Module) -> nn.Module:
     """The module that turns tokens into the first hidden states."""
-    named: Any = getattr(model, "get_input_embeddings", None)
+    named: Any = getattr(getattr(model, "model", None), "get_input_embeddings", None)
     found = named() if named is not None else getattr(model, "embed_tokens", None)
     if not isinstance(found, nn.Module):
         raise ConfigError(

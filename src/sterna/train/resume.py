@@ -25,7 +25,7 @@ FREE = (
     "checkpoint.*",
     "eval.*",
     "data.prefetch",
-    "model.path",  # the weights come from the checkpoint
+    "model.path",  # the weights come from the checkpoint; but an adapter's base does not
     "parallel.timeout_s",
 )
 
@@ -58,11 +58,12 @@ def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
 def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
     """ConfigError naming the keys that may not differ from the saved recipe."""
     found = changes(recipe, make_recipe(saved))
-    bad = {k: v for k, v in found.items() if not any(fnmatch(k, free) for free in FREE)}
+    free = [key for key in FREE if key != "model.path" or recipe.adapter is None]
+    bad = {k: v for k, v in found.items() if not any(fnmatch(k, pattern) for pattern in free)}
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())
         raise ConfigError(
-            f"the recipe differs from that of {folder}: {named}. Only {', '.join(FREE)} may "
+            f"the recipe differs from that of {folder}: {named}. Only {', '.join(free)} may "
             "change; restore it, or start a new run with model.path = that checkpoint",
         )
 

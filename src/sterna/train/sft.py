@@ -47,6 +47,10 @@ class Sft:
         assert isinstance(model, Decoder)
         return Weights(_tensors(model), hf_config(model), {})
 
+    def final(self, model: nn.Module) -> Weights | None:
+        """Checkpoints hold the whole model."""
+        return None
+
 
 def is_foreign(recipe: Recipe, path: Path) -> bool:
     """Whether the model runs behind transformers: as asked, or since no native family has it."""

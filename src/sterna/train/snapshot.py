@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sterna.parallel.mesh import Mesh
 from sterna.train import checkpoint
 from sterna.train.checkpoint import Snapshot
 from sterna.train.parts import Parts
@@ -18,10 +20,7 @@ from sterna.version import __version__
 def take_snapshot(parts: Parts, counters: Counters, loader_state: dict[str, Any]) -> Snapshot:
     """A copy of everything, on the CPU, that later steps do not touch. All ranks call it."""
     weights = parts.task.weights(parts.model)
-    tensors = {}
-    for name, tensor in weights.tensors:  # every rank walks them: gathering shards is collective
-        if parts.mesh.is_main:
-            tensors[name] = _copy(tensor)
+    tensors = gathered(weights.tensors, parts.mesh)
     state = {key: _copy(tensor) for key, tensor in state_tensors(parts).items()}
     meta = {
         "sterna": __version__,
@@ -32,6 +31,15 @@ def take_snapshot(parts: Parts, counters: Counters, loader_state: dict[str, Any]
     }
     files = {**parts.files, **weights.files}
     return Snapshot(counters.step, tensors, weights.config, files, state, meta)
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+    """Copies of named tensors on the main rank; the others only take part in gathering shards."""
+    kept = {}
+    for name, tensor in tensors:
+        if mesh.is_main:
+            kept[name] = _copy(tensor)
+    return kept
 
 
 def restore(folder: Path, parts: Parts, counters: Counters) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,11 +19,14 @@ from sterna.train.step import Loss
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model as files: checkpoint tensors, its config.json, and other text files by name."""
+    """A model as files: checkpoint tensors, its config.json, and other files by name.
+
+    Without a config there are no tensors, and the other files are all.
+    """
 
     tensors: Iterable[tuple[str, Tensor]]
     config: dict[str, Any]
-    files: dict[str, str]
+    files: Mapping[str, str | bytes]
 
 
 class Task(Protocol):
@@ -41,5 +44,12 @@ class Task(Protocol):
         ...
 
     def weights(self, model: nn.Module) -> Weights:
-        """What to write of the model, so that `source` and `sterna chat FOLDER` read it."""
+        """What a checkpoint holds of the model, so that `source` reads it. All ranks call it."""
+        ...
+
+    def final(self, model: nn.Module) -> Weights | None:
+        """The whole model where checkpoints hold only a part of it; else None.
+
+        Called once, at the end: the model may be changed. All ranks call it.
+        """
         ...

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sterna.core.errors import NonFiniteError
 from sterna.core.log import get_logger
@@ -27,9 +26,10 @@ from sterna.train.parts import Parts
 from sterna.train.result import Outcome, TrainResult
 from sterna.train.schedule import lr_at
 from sterna.train.signals import StopSignals
-from sterna.train.snapshot import restore, take_snapshot
+from sterna.train.snapshot import gathered, restore, take_snapshot
 from sterna.train.state import Counters
 from sterna.train.step import StepLoss
+from sterna.train.task import Weights
 
 _log = get_logger(__name__)
 _STOPS: dict[str, Outcome] = {"SIGINT": "interrupted", "SIGTERM": "terminated"}
@@ -96,10 +96,10 @@ class Trainer:
 
         The state before the step is saved, so nothing is lost.
         """
-        self._norm = float(total(self.parts.optimizer.square_sum(), self.parts.shards)) ** 0.5
+        self._norm = float(total(self.parts.step.gradients.square_sum(), self.parts.shards)) ** 0.5
         if np.isfinite(loss.loss) and np.isfinite(self._norm):
             return
-        self.parts.optimizer.drop_gradients()
+        self.parts.step.gradients.clear()
         step, mesh = self.counters.step, self.mesh
         dump = dump_rows(self.output / "bad", step + 1, mesh.rank, rows)
         self._save(self._position)
@@ -117,7 +117,7 @@ class Trainer:
         self._lr = lr_at(counters.step, recipe.optim.lr, recipe.schedule, self.parts.horizon)
         limit = recipe.optim.grad_clip
         scale = limit / self._norm if limit and self._norm > limit else 1.0
-        self.parts.optimizer.step(counters.step, self._lr, scale)
+        self.parts.optimizer.step(self.parts.step.gradients, counters.step, self._lr, scale)
         if self.parts.ema is not None:
             self.parts.ema.update(self.parts.optimizer)
         counters.step += 1
@@ -203,10 +203,7 @@ class Trainer:
         self.save()
         self._checkpointer.wait()
         latest = newest(self._checkpointer.parent)
-        model = self.output / "model"
-        averages = self._averages()
-        if latest is not None and self.mesh.is_main:
-            publish(latest, model, averages)
+        self._publish(latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
         return TrainResult(
@@ -215,18 +212,24 @@ class Trainer:
             loss=self.last.loss if self.last else None,
             eval_loss=self.last_eval.loss if self.last_eval else None,
             output=self.output,
-            model=model,
+            model=self.output / "model",
             checkpoint=latest,
         )
 
-    def _averages(self) -> dict[str, Tensor] | None:
-        """The averaged weights by checkpoint name, when there are any."""
-        if self.parts.ema is None:
-            return None
-        with self.parts.ema.in_place():
-            weights = self.parts.task.weights(self.parts.model)
-            named = ((name, tensor.detach()) for name, tensor in weights.tensors)
-            return {name: tensor.clone() if self.mesh.is_main else tensor for name, tensor in named}
+    def _publish(self, latest: Path | None) -> None:
+        """Write the final model: averaged where there is an average, merged where adapted."""
+        task, model, ema = self.parts.task, self.parts.model, self.parts.ema
+        with ema.in_place() if ema is not None else nullcontext():
+            own = task.final(model)
+            final = task.weights(model) if own is None and ema is not None else own
+            if final is not None:
+                tensors = gathered(final.tensors, self.mesh)
+                final = Weights(tensors.items(), final.config, final.files)
+        if latest is None or not self.mesh.is_main:
+            return
+        publish(latest, self.output / "model", final, self.parts.files)
+        if own is not None:
+            publish(latest, self.output / "adapter")
 
     def __enter__(self) -> Trainer:
         return self

@@ -25,6 +25,8 @@ from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import average_gradients, full, local
 from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.parallel.shard_rows import IGNORE, shard_batch
+from sterna.train.adapter import add_adapter
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.spread import spread
 from sterna.train.trialmodel import TrialModel, make_model
@@ -58,6 +60,7 @@ class Trial:
     chunked_head: int | None = None  # rows of logits at a time; None = whole logits
     steps: int = 3
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
+    adapter: dict[str, Any] | None = None  # AdapterConfig; trained instead of the weights
     seed: int = 0
 
 
@@ -135,7 +138,19 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     model = make_model(trial.model, getattr(torch, trial.dtype), trial.seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in trial.frozen))
+    if trial.adapter is not None:
+        add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
+        _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
     return model, spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+
+
+def _fill_zeros(model: nn.Module, seed: int) -> None:
+    """Trained weights that start at zero hide those they multiply: B of an adapter hides A."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(noise * 0.1)
 
 
 def make_rows(trial: Trial, vocab: int) -> list[tuple[Batch, Tensor]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -140,8 +141,10 @@ def verify(recipe: Recipe, report: Callable[[str], None] = lambda _: None) -> Ce
 
 def _refuse_uncovered(recipe: Recipe) -> None:
     """Parts that change what is trained need a reference of their own."""
-    uncovered = [name for name in ("adapter", "distill") if getattr(recipe, name, None)]
-    uncovered += [f"kind = {recipe.kind}"] if recipe.kind == "distill" else []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("start --verify without torchrun: it starts its own ranks here")
+    uncovered = [f"kind = {recipe.kind}"] if recipe.kind == "distill" else []
+    uncovered += ["a quantised base"] if recipe.model.weights not in ("auto", "bf16") else []
     uncovered += ["model.neftune_alpha"] if recipe.model.neftune_alpha else []
     if uncovered:
         raise ConfigError(
@@ -168,7 +171,12 @@ def _plain(recipe: Recipe) -> Trial:
         num_layers=NUM_LAYERS,
         vocab_size=VOCAB_SIZE,
     )
-    return Trial(ROWS, model, dtype="float32" if is_hf else "float64", seed=recipe.run.seed)
+    adapter = None if recipe.adapter is None else recipe.adapter.model_dump()
+    if adapter is not None:
+        adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
+    return Trial(
+        ROWS, model, dtype="float32" if is_hf else "float64", adapter=adapter, seed=recipe.run.seed
+    )
 
 
 def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[str, Trial, int]]:

@@ -53,8 +53,8 @@ def test_ranks_change_nothing_but_rounding(ranks, folder, name):
     alone = ranks.run(1, RUN, str(folder), sections(folder / "one"))[0]
     spread = ranks.run(world, RUN, str(folder), sections(folder / "many", **parallel))
     assert alone[:2] == ("done", 4)
-    for outcome, steps, loss, eval_loss in spread:
-        assert (outcome, steps) == alone[:2]
+    assert [found[:2] for found in spread] == [alone[:2]] * world
+    for _, _, loss, eval_loss in spread:
         assert loss == pytest.approx(alone[2], rel=1e-5)
         assert eval_loss == pytest.approx(alone[3], rel=1e-5)
     one, many = weights(folder / "one"), weights(folder / "many")
@@ -85,3 +85,16 @@ def test_another_world_is_refused(ranks, folder):
     uneven["run"]["rows_per_step"] = 3
     kind, message = ranks.run(2, RUN, str(folder), uneven)[0]
     assert kind == "ConfigError" and "3, which 2 data-parallel ranks cannot share" in message
+
+
+def test_an_adapter_over_ranks_trains_as_on_one(ranks, folder):
+    settings = {
+        "adapter": {"rank": 4},
+        "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
+    }
+    alone = ranks.run(1, RUN, str(folder), {**sections(folder / "one"), **settings})[0]
+    spread = ranks.run(2, RUN, str(folder), {**sections(folder / "many", dp=2), **settings})
+    for outcome, steps, loss, _ in spread:
+        assert (outcome, steps) == alone[:2] == ("done", 4)
+        assert loss == pytest.approx(alone[2], rel=1e-2)  # bfloat16
+    assert (folder / "many/adapter/adapter_model.safetensors").exists()
