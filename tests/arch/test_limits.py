@@ -76,7 +76,13 @@ def test_help_loads_no_torch_and_is_quick():
 
 
 @pytest.mark.parametrize(
-    "module", ["sterna.engine.config", "sterna.engine.request", "sterna.server.config"]
+    "module",
+    [
+        "sterna.engine.config",
+        "sterna.engine.request",
+        "sterna.parallel.config",
+        "sterna.server.config",
+    ],
 )
 def test_configs_load_no_torch(module):
     run(f"import sys, {module}; assert 'torch' not in sys.modules")

@@ -28,6 +28,7 @@ What you can do next:
   sterna serve PATH               serve a Hugging Face folder or a GGUF file
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
+  sterna train RECIPE.toml        fine-tune or pretrain a model
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna quality A B --text FILE  how far a quantised model is from the original
   sterna bench serve              measure any OpenAI endpoint under load
@@ -63,6 +64,7 @@ def build_app() -> App:
         name="complete",
         help="Complete a prompt, or a file of them.",
     )
+    app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
     app.command(
         "sterna.cli.quantize:quantize",
         name="quantize",
@@ -79,10 +81,20 @@ def build_app() -> App:
         help="Compare two models' predictions on texts: KL, top-1, perplexity.",
     )
     app.command(_bench_app())
+    app.command(_data_app())
     app.command(
         "sterna.cli.doctor:doctor", name="doctor", help="Say which kernels run here, and why."
     )
     return app
+
+
+def _data_app() -> App:
+    data = App(name="data", help="Look at training data, or tokenise them once for all.")
+    data.command(
+        "sterna.cli.data:inspect", name="inspect", help="Count rows and show what is trained."
+    )
+    data.command("sterna.cli.data:pack", name="pack", help="Write sources as packed token shards.")
+    return data
 
 
 def _bench_app() -> App:

@@ -80,6 +80,36 @@ class QuantizeError(ModelError):
     code = "quantize_error"
 
 
+class DataError(SternaError):
+    """Training data that cannot be found, read or continued as asked; names the file."""
+
+    exit_code = 9
+    code = "data_error"
+
+
+class RowError(DataError):
+    """One row of a training file is malformed; the message begins with `file:line`."""
+
+
+class TrainError(SternaError):
+    """A training run that cannot go on; the message says where and what is kept."""
+
+    exit_code = 10
+    code = "train_error"
+
+
+class NonFiniteError(TrainError):
+    """The loss or a gradient is NaN or infinite."""
+
+    code = "non_finite"
+
+
+class CheckpointError(TrainError):
+    """A checkpoint that cannot be written, read or continued as asked."""
+
+    code = "checkpoint_error"
+
+
 class RequestError(SternaError):
     """A request that cannot be served as asked; the client has to change it."""
 

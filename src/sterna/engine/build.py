@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
-from sterna.core.machine import fingerprint, num_usable_cpus
+from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
 from sterna.engine.engine import Engine
 from sterna.engine.memory import engine_shape
 from sterna.engine.structured import GrammarCompiler
-from sterna.kernels.backend import backend_for
+from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.hub import DEFAULT_NAMES, resolve_model
@@ -53,19 +52,6 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     return engine
 
 
-def check_device(name: str) -> None:
-    """ConfigError when this PyTorch has no such device."""
-    if name == "cpu":
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (torch.device(name).index or 0) >= count:
-        raise ConfigError(
-            f"device is {name!r}, but PyTorch {torch.__version__} finds {count} CUDA devices here; "
-            "use cpu, or install a driver and a CUDA build of PyTorch",
-            param="device",
-        )
-
-
 def weights_of(model: str, config: EngineConfig) -> str:
     """The weights setting that applies: the default model's own when none is asked for."""
     if model in DEFAULT_NAMES and config.weights == AUTO and config.device == "cpu":
@@ -87,22 +73,6 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
     if line := describe_weights(decoder):
         log.info("%s", line)
     return decoder
-
-
-def set_threads(threads: int) -> None:
-    """Use `threads` CPU threads for kernels and PyTorch; 0 = all that this process may use.
-
-    More than that many would wait for each other, minutes a step: they are not started.
-    """
-    usable = num_usable_cpus()
-    if threads > usable:
-        log.warning("threads is %d, this process may use %d CPUs: taking these", threads, usable)
-    count = min(threads or usable, usable)
-    torch.set_num_threads(count)
-    load_kernels()
-    set_kernel_threads = getattr(backend_for("cpu"), "set_threads", None)
-    if set_kernel_threads is not None:  # the reference back end has no threads of its own
-        set_kernel_threads(count)
 
 
 def tune_budget(engine: Engine, key: str) -> StepCurve:

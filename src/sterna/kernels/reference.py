@@ -1,8 +1,9 @@
 """Every op in plain PyTorch: the specification, the fallback and the oracle of the fast back ends.
 
-Nothing here is fast. Each function computes in float32 and rounds once, at its output, so a fast
-kernel differs from it only by the order of float32 additions. The same functions, run again under
-autograd, are the backward of every op (see `autograd.py`).
+Nothing here is fast. Each function computes in float32 (float64 for float64 inputs: the precision
+of the correctness tests) and rounds once, at its output, so a fast kernel differs from it only by
+the order of float32 additions. Run again under autograd, the same functions are the oracle of
+every backward and the backward of the ops that have none of their own (see `autograd.py`).
 
 Legend: T tokens, R output rows, D hidden_size, K in_features, N out_features, H query heads,
 G key/value heads, C head_dim, V vocabulary, S sequences, B block-table width.
@@ -20,20 +21,25 @@ from sterna.kernels import kv_codes
 from sterna.kernels.backend import plain_weight
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in the precision ops compute in: float32, or float64 when it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def embed(tokens: Tensor, table: Tensor, hidden_size: int, scale: float = 1.0) -> Tensor:
     """Rows of `table` times `scale`."""
     rows = plain_weight(table, 0, hidden_size).index_select(0, tokens)
-    return rows if scale == 1.0 else (rows.float() * scale).to(rows.dtype)
+    return rows if scale == 1.0 else (wide(rows) * scale).to(rows.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
-    return _rms_f32(x.float(), weight, eps, unit_offset).to(x.dtype)
+    return _rms_wide(wide(x), weight, eps, unit_offset).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    normed = F.layer_norm(wide(x), x.shape[-1:], wide(weight), wide(bias), eps)
     return normed.to(x.dtype)
 
 
@@ -41,29 +47,29 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
 ) -> Tensor:
     """x @ weight.T + bias + residual, rounded once."""
-    y = x.float() @ plain_weight(weight, out_features, x.shape[-1]).float().t()
+    y = wide(x) @ wide(plain_weight(weight, out_features, x.shape[-1])).t()
     if bias is not None:
-        y = y + bias.float()
+        y = y + wide(bias)
     if residual is not None:
-        y = y + residual.float()
+        y = y + wide(residual)
     return y.to(x.dtype)
 
 
 def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
     """activation(x @ gate.T) * (x @ up.T); `weight` is [gate; up]."""
-    y = x.float() @ plain_weight(weight, 2 * out_features, x.shape[-1], gated=True).float().t()
+    y = wide(x) @ wide(plain_weight(weight, 2 * out_features, x.shape[-1], gated=True)).t()
     gate, up = torch.split(y, out_features, dim=-1)
-    return (_activate_f32(gate, activation) * up).to(x.dtype)
+    return (activate_wide(gate, activation) * up).to(x.dtype)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
     """relu, gelu (erf), gelu_tanh or silu of every element."""
-    return _activate_f32(x.float(), kind).to(x.dtype)
+    return activate_wide(wide(x), kind).to(x.dtype)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y."""
-    return (x.float() + y.float()).to(x.dtype)
+    return (wide(x) + wide(y)).to(x.dtype)
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -75,8 +81,8 @@ def logits(
     x: Tensor, weight: Tensor, vocab_size: int, softcap: float = 0.0, scale: float = 1.0
 ) -> Tensor:
     """float32 x @ weight.T * scale, then softcap * tanh(l / softcap) when softcap > 0."""
-    scores = x.float() @ plain_weight(weight, vocab_size, x.shape[-1]).float().t()
-    return _softcap(scores * scale if scale != 1.0 else scores, softcap)
+    scores = wide(x) @ wide(plain_weight(weight, vocab_size, x.shape[-1])).t()
+    return softcap_of(scores * scale if scale != 1.0 else scores, softcap)
 
 
 def rope(
@@ -93,8 +99,8 @@ def rope(
 ) -> Tensor:
     """Normalise and rotate the query and key heads of qkv; values pass through."""
     q, k, v = _split_heads(qkv, num_heads, num_kv_heads, head_dim)
-    q = _rotate(_head_norm(q.float(), q_norm, eps, unit_offset), positions, table)
-    k = _rotate(_head_norm(k.float(), k_norm, eps, unit_offset), positions, table)
+    q = _rotate(_head_norm(wide(q), q_norm, eps, unit_offset), positions, table)
+    k = _rotate(_head_norm(wide(k), k_norm, eps, unit_offset), positions, table)
     heads = torch.cat([q.to(qkv.dtype), k.to(qkv.dtype), v], dim=1)
     return heads.reshape(qkv.shape)
 
@@ -166,7 +172,7 @@ def paged_attention(
     view = _cache_rows(cache, num_kv_heads, block_size)
     heads = q.view(q.shape[0], num_heads, head_dim)
     bounds, lengths = query_starts.tolist(), context_lens.tolist()
-    outputs = [heads[:0].float()]
+    outputs = [wide(heads[:0])]
     for s_idx, length in enumerate(lengths):
         num_blocks = -(-length // block_size)
         pages = view[block_tables[s_idx, :num_blocks].long()]  # [blocks, 2, G, block, row]
@@ -189,10 +195,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap:
     t, num_heads, _ = q.shape
     n, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
-    q_HtC = q.float().transpose(0, 1)
-    k_HnC = k.float().transpose(0, 1).repeat_interleave(group, dim=0)
-    v_HnC = v.float().transpose(0, 1).repeat_interleave(group, dim=0)
-    scores = _softcap(q_HtC @ k_HnC.transpose(1, 2) * scale, softcap)
+    q_HtC = wide(q).transpose(0, 1)
+    k_HnC = wide(k).transpose(0, 1).repeat_interleave(group, dim=0)
+    v_HnC = wide(v).transpose(0, 1).repeat_interleave(group, dim=0)
+    scores = softcap_of(q_HtC @ k_HnC.transpose(1, 2) * scale, softcap)
     i = torch.arange(n - t, n, device=q.device)[:, None]
     j = torch.arange(n, device=q.device)[None, :]
     hidden = j > i
@@ -212,11 +218,11 @@ def _split_heads(
 
 
 def _head_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
-    return x if weight is None else _rms_f32(x, weight, eps, unit_offset)
+    return x if weight is None else _rms_wide(x, weight, eps, unit_offset)
 
 
-def _rms_f32(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    gain = weight.float() + 1.0 if unit_offset else weight.float()
+def _rms_wide(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    gain = wide(weight) + 1.0 if unit_offset else wide(weight)
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * gain
 
 
@@ -230,11 +236,11 @@ def _rotate(x: Tensor, positions: Tensor, table: Tensor | None) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def _softcap(scores: Tensor, softcap: float) -> Tensor:
+def softcap_of(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
 
 
-def _activate_f32(x: Tensor, kind: str) -> Tensor:
+def activate_wide(x: Tensor, kind: str) -> Tensor:
     if kind == "relu":
         return F.relu(x)
     if kind == "silu":

@@ -17,8 +17,12 @@ from sterna.kernels import ops
 from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
 from sterna.model.heads import Embedding, LMHead, PositionEmbedding
-from sterna.model.layers import Block, GatedLinear, Linear, new_norm
+from sterna.model.layers import Attention, Block, GatedLinear, Linear, new_norm
 from sterna.model.rope import rope_table, short_rows
+from sterna.parallel.ulysses import ParallelPlan
+
+# (decoder, embedded h [T, D], batch) -> the last block's output, or None: take the usual way
+Walk = Callable[["Decoder", Tensor, Batch], Tensor | None]
 
 
 class RopeTables(nn.Module):
@@ -65,16 +69,21 @@ class Decoder(nn.Module):
         self.norm = new_norm(config, dtype, device)
         self.lm_head = None if config.tie_word_embeddings else LMHead(config, dtype, device)
         self.ropes = RopeTables(config, torch.device(rope_device or device))
+        self.walk: Walk | None = None  # another way through the blocks, for training
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
         h = self.embedded(batch)
+        walked = self.walk(self, h, batch) if self.walk is not None else None
+        out: Tensor = self.norm(self._walk(h, batch) if walked is None else walked)
+        return out
+
+    def _walk(self, h: Tensor, batch: Batch) -> Tensor:
         last = len(self.layers) - 1
         for layer_idx, block in enumerate(self.layers):
             rows = batch.output_rows if layer_idx == last else None
             h = block(h, batch, self.rope_of(layer_idx), rows)
-        out: Tensor = self.norm(h)
-        return out
+        return h
 
     def embedded(self, batch: Batch) -> Tensor:
         """What the first block reads: [T, D]."""
@@ -87,6 +96,21 @@ class Decoder(nn.Module):
         """hidden [R, D] -> float32 logits [R, V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.logits(hidden, self.config.logits_softcap)
+
+    def head_weight(self) -> Tensor:
+        """The weight of the logits [V, D]: the embedding's where they are tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight
+
+    def head_bias(self) -> Tensor | None:
+        """The bias of the logits; no family of the table has one."""
+        return None
+
+    def set_parallel(self, plan: ParallelPlan | None) -> None:
+        """Training batches are slices of rows from now on, spread as `plan` says."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.plan = plan
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""

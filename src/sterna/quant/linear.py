@@ -7,7 +7,7 @@ base under adapters). Tiles are the kernels' own layout, so `prepare_inference` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +125,15 @@ def _quantised(old: nn.Module, weight: QuantWeight, dtype: torch.dtype) -> Quant
     return QuantLMHead(weight)
 
 
-def dequantize_decoder(decoder: Decoder) -> None:
-    """Put plain weights, rounded to the decoder's dtype, in the place of the quantised ones."""
+def dequantize_decoder(decoder: Decoder, names: Collection[str] | None = None) -> None:
+    """Put plain weights, rounded to the decoder's dtype, in the place of the quantised ones.
+
+    `names`: the modules this is about; None = all.
+    """
     empty = Decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
     for name, module in list(quant_modules(decoder)):
+        if names is not None and name not in names:
+            continue
         parent, _, leaf = name.rpartition(".")
         plain = empty.get_submodule(name)
         values = module.quant_weight.dequantize().to(decoder.dtype)

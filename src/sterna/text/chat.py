@@ -37,7 +37,10 @@ PLAIN_TEMPLATE = (
 )
 # Marks where the message to be continued ends; the trailing space tells whether a template trims.
 _CUT = "STERNA_CONTINUES_HERE "
+# Around each `{% generation %}` block of a marked rendering: characters of the private-use area.
+MARK_OPEN, MARK_CLOSE = "\uf8f1", "\uf8f2"
 _LOOPS_OVER_PARTS = re.compile(r"for\s+\w+\s+in\s+\w+(\.content|\[['\"]content['\"]\])")
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 # What a template can raise besides Jinja's own errors: it computes with a client's data.
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
@@ -61,6 +64,10 @@ class ChatRenderer:
             )
         self.template = tokenizer.chat_template or PLAIN_TEMPLATE
         self.knows_tools = "tools" in self.template
+        self.marks_generation = _GENERATION.search(self.template) is not None
+        # How this model's turns end, longest first: `</s>`, `<|im_end|>`.
+        ends = {tokenizer.token_text(i) for i in tokenizer.eos_token_ids} - {""}
+        self.turn_ends = tuple(sorted(ends, key=len, reverse=True))
         self._keep_parts = _LOOPS_OVER_PARTS.search(self.template) is not None
 
     def render(
@@ -80,9 +87,7 @@ class ChatRenderer:
         excludes `add_generation_prompt`. `template_kwargs` reach the template as variables.
         Raises RequestError when the messages are not well-formed or the template refuses them.
         """
-        plain = plain_messages(messages, keep_parts=self._keep_parts)
-        if not self.knows_tools:
-            plain = with_tool_prompt(plain, tools)
+        plain = self._prepared(messages, tools)
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
@@ -99,9 +104,33 @@ class ChatRenderer:
         )
         return _cut_at_mark(text) if continue_final_message else text
 
-    def _run(self, **variables: Any) -> str:
+    def render_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """`render` of a whole conversation with MARK_OPEN and MARK_CLOSE around what the template
+        puts into `{% generation %}` blocks (`marks_generation` tells whether it has any)."""
+        return self._run(
+            True,
+            messages=self._prepared(messages, tools),
+            tools=None if tools is None else _plain(list(tools)),
+            documents=None,
+            add_generation_prompt=False,
+            **{**self._special_tokens, **_plain(template_kwargs)},
+        )
+
+    def _prepared(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[dict[str, Any]]:
+        plain = plain_messages(messages, keep_parts=self._keep_parts)
+        return plain if self.knows_tools else with_tool_prompt(plain, tools)
+
+    def _run(self, marked: bool = False, /, **variables: Any) -> str:
         try:
-            return self._compiled.render(**variables)
+            template = self._compiled_marked if marked else self._compiled
+            return template.render(**variables)
         except _TEMPLATE_FAILURES as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
@@ -109,11 +138,15 @@ class ChatRenderer:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        return _environment().from_string(self.template)
+        return _environment(_GenerationBlock).from_string(self.template)
+
+    @cached_property
+    def _compiled_marked(self) -> jinja2.Template:
+        return _environment(_MarkedBlock).from_string(self.template)
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training masks; rendering ignores it."""
+    """`{% generation %}` marks the assistant's text for training masks; a prompt ignores it."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration is a plain set
 
@@ -126,9 +159,16 @@ class _GenerationBlock(Extension):
         return str(caller())
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+class _MarkedBlock(_GenerationBlock):
+    """Keeps the block's borders in the text."""
+
+    def _body(self, caller: Macro) -> str:
+        return MARK_OPEN + str(caller()) + MARK_CLOSE
+
+
+def _environment(generation: type[Extension]) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sterna.core.errors import ModelNotFoundError, RequestError
 from sterna.text.gguf_vocab import read_vocab
@@ -61,6 +66,29 @@ class Tokenizer:
             raise _not_unicode() from error
         return [encoding.ids for encoding in encoded]
 
+    def token_starts(self, text: str, ids: Sequence[int]) -> NDArray[np.int64]:
+        """The character of `text` at which each token starts; `ids` are its encoding without
+        special tokens around it. A token that is a part of a character starts at that character.
+
+        Exact where the tokens' bytes join to the text, which is checked; a tokenizer that changes
+        the text (a normaliser, added tokens that strip) is asked for its own offsets.
+        """
+        pieces = [self._pieces[i] for i in ids]
+        raw = text.encode()
+        joined = b"".join(pieces)
+        lead = len(joined) - len(raw)  # SentencePiece puts a space before every text
+        if lead not in (0, 1) or joined != b" " * lead + raw:
+            offsets = self._backend.encode(text, add_special_tokens=False).offsets
+            return np.array([start for start, _ in offsets], np.int64)
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        starts: NDArray[np.int64] = np.maximum(np.concatenate([[0], ends])[: len(ids)] - lead, 0)
+        if len(raw) == len(text):
+            return starts
+        is_first = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
+        characters = np.append(np.cumsum(is_first, dtype=np.int64) - 1, len(text))
+        in_text: NDArray[np.int64] = characters[starts]
+        return in_text
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         decoder = self.incremental(skip_special_tokens)
@@ -97,6 +125,16 @@ class Tokenizer:
     def to_json(self) -> str:
         """The `tokenizers` JSON of this tokenizer (1.5 MB for 49k tokens, 30 ms)."""
         return str(self._backend.to_str())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides a text's tokens: vocabulary, special tokens, chat template."""
+        parts = (
+            self.to_json(),
+            self.chat_template or "",
+            repr(sorted(self.special_tokens.items())),
+        )
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from sterna.core.errors import ConfigError
 from sterna.core.machine import num_usable_cpus
 from sterna.engine.budget import StepCurve, StepTime, choose_budget
-from sterna.engine.build import check_device, set_threads
 from sterna.engine.config import EngineConfig
 from sterna.engine.memory import engine_shape, kv_dtype
+from sterna.kernels.device import check_device, set_threads
 from sterna.model.config import parse_config
 from sterna.model.decoder import Decoder
 

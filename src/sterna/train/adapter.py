@@ -1,0 +1,176 @@
+"""Low-rank adapters on a decoder: put on, find, take off, merge.
+
+The decoder's stacked weights are adapted part by part under the names that Hugging Face
+checkpoints (and so PEFT's files) give them. The base is frozen, plain or quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from sterna.core.errors import ConfigError
+from sterna.core.lookup import unknown
+from sterna.model.decoder import Decoder
+from sterna.model.layers import GatedLinear, Linear
+from sterna.model.weights import split_parts
+from sterna.quant.linear import (
+    QuantGatedLinear,
+    QuantLinear,
+    dequantize_decoder,
+    quant_modules,
+)
+from sterna.train.adapter_config import ALL_LINEAR, AdapterConfig
+from sterna.train.adapter_modules import (
+    AdaptedGated,
+    AdaptedLinear,
+    AdaptedModule,
+    AdapterPart,
+    Span,
+)
+
+_REFUSED = MappingProxyType(
+    {
+        "lm_head": "the losses read the head as one matrix, and a tied one is the embedding too",
+        "embed_tokens": "an embedding is a table look-up, with nothing to multiply",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A part of a module that can be adapted: our module's name, the part and its siblings."""
+
+    module: str
+    span: Span
+    spans: tuple[Span, ...]
+
+
+def adaptable(decoder: Decoder) -> Iterator[Target]:
+    """Every part of every projection in the blocks, adapted already or not."""
+    names = decoder.config.family.hf_names
+    for name, module in decoder.named_modules():
+        base = module.base if isinstance(module, AdaptedModule) else module
+        if ".base" in name or not isinstance(base, _BASES):
+            continue
+        stacked = 1 + isinstance(base, GatedLinear | QuantGatedLinear)
+        rows = torch.empty(base.out_features * stacked, 1, device="meta")
+        start, spans = 0, []
+        for full, part in split_parts(f"{name}.weight", rows, names, decoder.config):
+            spans.append(Span(full.removesuffix(".weight"), start, start + len(part)))
+            start += len(part)
+        yield from (Target(name, span, tuple(spans)) for span in spans)
+
+
+_BASES = (Linear, GatedLinear, QuantLinear, QuantGatedLinear)
+
+
+def add_adapter(decoder: Decoder, config: AdapterConfig, seed: int = 0) -> None:
+    """Freeze `decoder` and put fresh adapters on the parts that `config` names.
+
+    Raises ConfigError for an unknown or refused part, a layer out of range, or a second adapter.
+    """
+    chosen = _chosen(decoder, config)
+    generator = torch.Generator().manual_seed(seed)
+    for target in chosen:
+        part = place_part(decoder, target, config, config.rank, config.alpha)
+        part.init_a(generator)
+    finish_adapter(decoder, config)
+
+
+def place_part(
+    decoder: Decoder, target: Target, config: AdapterConfig, rank: int, alpha: float
+) -> AdapterPart:
+    """An adapter with B = 0 on one part, whose module is wrapped at its first one."""
+    wrapper = decoder.get_submodule(target.module)
+    if not isinstance(wrapper, AdaptedModule):
+        is_gated = isinstance(wrapper, GatedLinear | QuantGatedLinear)
+        kind = AdaptedGated if is_gated else AdaptedLinear
+        wrapper = kind(wrapper, target.spans, config.kind == "dora")
+        _replace(decoder, target.module, wrapper)
+    in_features = wrapper.rows(target.span).shape[1]
+    scaling = config.scaling(rank, alpha)
+    part = AdapterPart(target.span, rank, alpha, scaling, in_features, config.dropout)
+    wrapper.add(part)
+    return part
+
+
+def finish_adapter(decoder: Decoder, config: AdapterConfig) -> None:
+    """Freeze the base, leave the adapters trainable, on the base's device."""
+    decoder.requires_grad_(False)
+    for _, module in adapted_modules(decoder):
+        module.parts.to(decoder.device).requires_grad_(True)
+
+
+def adapted_modules(decoder: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """(name, module) of every adapted module."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, AdaptedModule):
+            yield name, module
+
+
+def trainable_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
+    """The parameters that take gradients, by name: all of a plain model, A, B and m of an adapted
+    one."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merge_adapter(decoder: Decoder) -> None:
+    """Fold the adapters into plain weights, in place: s B A (and m) in float32, one rounding.
+
+    Quantised weights, the unadapted ones too, become plain first: a merged weight has other codes.
+    ConfigError when there is no adapter.
+    """
+    modules = list(adapted_modules(decoder))
+    if not modules:
+        raise ConfigError("this model has no adapter to merge; add or load one first")
+    for name, module in modules:
+        _replace(decoder, name, module.base)
+    if any(True for _ in quant_modules(decoder)):
+        dequantize_decoder(decoder)
+    for name, module in modules:
+        weight = decoder.get_parameter(f"{name}.weight")
+        for part in module.adapters():
+            rows = weight.data[part.span.start : part.span.stop]
+            rows.copy_(part.merged(rows))
+
+
+def _chosen(decoder: Decoder, config: AdapterConfig) -> list[Target]:
+    targets = list(adaptable(decoder))
+    if any(True for _ in adapted_modules(decoder)):
+        raise ConfigError("this model has an adapter already; merge it first")
+    _check_layers(decoder, config)
+    leaves = {target.span.leaf for target in targets}
+    for word in config.targets:
+        if word in _REFUSED:
+            raise ConfigError(f"adapter target {word!r} is refused: {_REFUSED[word]}")
+        if word not in leaves and word != ALL_LINEAR:
+            raise ConfigError(unknown("adapter target", word, {*leaves, ALL_LINEAR}))
+    wanted = leaves if ALL_LINEAR in config.targets else set(config.targets)
+    return [
+        target
+        for target in targets
+        if target.span.leaf in wanted
+        and (not config.layers or layer_of(target.module) in config.layers)
+    ]
+
+
+def _check_layers(decoder: Decoder, config: AdapterConfig) -> None:
+    count = decoder.config.num_hidden_layers
+    wrong = [i for i in config.layers if not 0 <= i < count]
+    if wrong:
+        raise ConfigError(f"adapter layers {wrong}; the model has layers 0 to {count - 1}")
+
+
+def layer_of(module_name: str) -> int:
+    """3 of "layers.3.attn.qkv"."""
+    return int(module_name.split(".")[1])
+
+
+def _replace(decoder: Decoder, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), leaf, module)

@@ -1,0 +1,334 @@
+"""The one head op of training: from hidden states to losses without ever holding [T, V] logits.
+
+    z = softcap(scale * h W^T + b)                       a chunk of rows at a time, float32
+    cross entropy   sum over valid t of lse(z_t) - z_t[y_t]
+    log-probs       z_t[y_t] - lse(z_t), with the entropy lse - sum p z
+    KL              sum over rows of KL(softmax(z_teacher / T) || softmax(z_student / T))
+
+Rows whose target is IGNORE (or that a mask leaves out) are dropped before their logits are
+computed. z comes from `ops.logits`, the kernel of the engine, on the weight packed once a call; the
+log-sum of `chunked_logprobs` is computed as `engine/sampler.py` does, so on the CPU a training
+log-prob is the engine's to the bit (rounded to float32).
+
+A sum (cross entropy, KL) knows its gradient but for one factor, so its forward computes it while
+the logits are there, if and only if a gradient is asked for, and backward multiplies the gradients
+of hidden, weight and bias by the upstream one. A value a row (log-prob, entropy) does not: its
+backward computes each chunk's logits again: with upstream gradients g (log-prob) and k (entropy)
+
+    d z_j = g (1[j = y] - p_j) - k p_j (log p_j + H)
+
+The weight's gradient is summed over chunks in float32.
+
+The road not taken: one loop over vocabulary tiles too (no logits at all). It computes the logits
+twice, and a chunk of them is small beside the weight's float32 gradient already.
+
+Legend: T tokens, R rows in use, r rows of a chunk, V vocabulary, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sterna.core.errors import KernelError
+from sterna.train.longseq.chunks import IGNORE as IGNORE
+from sterna.train.longseq.chunks import (
+    Gradients,
+    Head,
+    HeadSettings,
+    as_inputs,
+    check,
+    make_head,
+    split_rows,
+    valid_rows,
+)
+
+
+class _SumLoss(torch.autograd.Function):
+    """A scalar sum whose gradients were computed with it; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, work: Any) -> Tensor:
+        found: tuple[Tensor, tuple[Tensor | None, ...]] = work(ctx.needs_input_grad[:3])
+        loss, ctx.grads = found
+        ctx.like = [None if x is None else x.new_empty(0) for x in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = tuple(None if g is None else g * upstream.to(g.dtype) for g in ctx.grads)
+        return (*as_inputs(scaled, ctx.like), None)
+
+
+def _sum_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Any) -> Tensor:
+    tensors = (hidden, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        apply: Any = _SumLoss.apply
+        loss: Tensor = apply(hidden, weight, bias, work)
+        return loss
+    total: Tensor = work((False, False, False))[0]
+    return total
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """hidden [T, D], weight [V, D], targets [T] (IGNORE = no loss) -> SUM over valid tokens.
+
+    float32 scalar (float64 for float64 hidden states), with a graph also when no token is valid.
+    Raises KernelError for shapes that do not fit, a packed or quantised weight, a target beyond V.
+    """
+    check(hidden, weight, bias, targets)
+    settings = HeadSettings(softcap, scale, chunk_rows)
+
+    def work(wants: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        return _cross_entropy(hidden.detach(), weight, bias, targets, settings, wants)
+
+    return _sum_loss(hidden, weight, bias, work)
+
+
+@torch.no_grad()
+def _cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    settings: HeadSettings,
+    wants: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    head = make_head(weight, bias, settings)
+    grads = Gradients(head, hidden, wants)
+    total = hidden.new_zeros((), dtype=torch.float64)
+    for rows in split_rows(valid_rows(targets, len(weight)), len(weight), settings):
+        part, wanted = hidden.index_select(0, rows), targets[rows].long()[:, None]
+        z = head.logits(part)
+        kept = z.clone() if settings.softcap > 0 and any(wants) else None
+        chosen = z.gather(1, wanted).double()
+        log_sum, weights = _soften(z)
+        total += (log_sum[:, None] - chosen).sum()
+        if any(wants):
+            z.mul_(weights)
+            z.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=z.dtype))
+            grads.add(rows, part, head.uncap(z, kept))
+    return total.to(grads.sum_dtype), grads.take()
+
+
+def _soften(z: Tensor) -> tuple[Tensor, Tensor]:
+    """In place z := exp(z - max); returns lse [r] float64 and 1 / sum [r, 1] (p = z / sum)."""
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    lse = top.double() + total.double().log()
+    return lse[:, 0], total.reciprocal()
+
+
+def chunked_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """SUM over the rows of `mask` [T] bool (None = all) of KL(teacher || student) at `temperature`.
+
+    The teacher's hidden size may differ, its vocabulary must not; it gets no gradient. The usual
+    factor temperature^2 is the caller's. Raises KernelError as `chunked_cross_entropy`.
+    """
+    check(hidden, weight, bias, mask)
+    check(teacher_hidden, teacher_weight, teacher_bias, mask)
+    if weight.shape[0] != teacher_weight.shape[0] or len(hidden) != len(teacher_hidden):
+        raise KernelError(
+            f"student logits [{len(hidden)}, {weight.shape[0]}] and teacher logits "
+            f"[{len(teacher_hidden)}, {teacher_weight.shape[0]}] must have one shape"
+        )
+    settings = HeadSettings(softcap, scale, chunk_rows)
+    marks = hidden.new_ones(len(hidden), dtype=torch.bool) if mask is None else mask
+
+    @torch.no_grad()
+    def work(wants: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        student = make_head(weight, bias, settings)
+        teacher = make_head(teacher_weight, teacher_bias, settings)
+        grads = Gradients(student, hidden.detach(), wants)
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for rows in split_rows(marks.nonzero()[:, 0], len(weight), settings):
+            part = hidden.detach().index_select(0, rows)
+            taught = teacher.logits(teacher_hidden.detach().index_select(0, rows))
+            total += _kl_chunk(student, part, taught, temperature, rows, grads, any(wants))
+        return total.to(grads.sum_dtype), grads.take()
+
+    return _sum_loss(hidden, weight, bias, work)
+
+
+def _kl_chunk(
+    student: Head,
+    hidden: Tensor,
+    taught: Tensor,
+    temperature: float,
+    rows: Tensor,
+    grads: Gradients,
+    has_grad: bool,
+) -> Tensor:
+    """KL of one chunk, float64; adds its gradient (p_student - p_teacher) / temperature."""
+    z = student.logits(hidden)
+    kept = z.clone() if student.settings.softcap > 0 and has_grad else None
+    log_q = z.div_(temperature).log_softmax(1)
+    log_p = taught.div_(temperature).log_softmax(1)
+    p = log_p.exp()
+    total = (log_p.sub_(log_q).mul_(p)).sum(dtype=torch.float64)
+    if has_grad:
+        d = log_q.exp_().sub_(p).div_(temperature)
+        grads.add(rows, hidden, student.uncap(d, kept))
+    return total
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-prob of each target [T], entropy of each row [T]), float32; 0 where IGNORE.
+
+    Float64 for float64 hidden states. Raises KernelError as `chunked_cross_entropy`.
+    """
+    check(hidden, weight, bias, targets)
+    settings = HeadSettings(softcap, scale, chunk_rows)
+    tensors = (hidden, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        apply: Any = _RowValues.apply
+        pair: tuple[Tensor, Tensor] = apply(hidden, weight, bias, targets, settings)
+        return pair
+    return _row_values(hidden.detach(), weight, bias, targets, settings)
+
+
+def chunked_dpo_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    query_starts: Tensor,
+    *,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Sum of the targets' log-probs of each sequence [S], as DPO and its kin need them.
+
+    query_starts [S + 1]: borders of the sequences in the packed rows.
+    """
+    if int(query_starts[-1]) != len(hidden):
+        raise KernelError(
+            f"query_starts end at {int(query_starts[-1])} but there are {len(hidden)} tokens"
+        )
+    logprobs, _ = chunked_logprobs(
+        hidden, weight, targets, softcap=softcap, scale=scale, bias=bias, chunk_rows=chunk_rows
+    )
+    starts = query_starts.long()
+    lens = starts[1:] - starts[:-1]
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens)
+    return logprobs.new_zeros(len(lens)).index_add(0, owner, logprobs)
+
+
+class _RowValues(torch.autograd.Function):
+    """(logprobs, entropies); backward computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, settings: HeadSettings
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.settings = settings
+        return _row_values(hidden, weight, bias, targets, settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = make_head(weight, bias, ctx.settings)
+        grads = Gradients(head, hidden, ctx.needs_input_grad[:3])
+        for rows in split_rows(valid_rows(targets, len(weight)), len(weight), ctx.settings):
+            part, wanted = hidden.index_select(0, rows), targets[rows].long()
+            z = head.logits(part)
+            kept = z.clone() if ctx.settings.softcap > 0 else None
+            d = _row_gradient(z, wanted, d_logprobs[rows], d_entropy[rows])
+            grads.add(rows, part, head.uncap(d, kept))
+        found = as_inputs(grads.take(), (hidden, weight, bias))
+        return (*found, None, None)
+
+
+def _row_gradient(z: Tensor, wanted: Tensor, d_logprob: Tensor, d_entropy: Tensor) -> Tensor:
+    """d z [r, V] of the formula above. The entropy's term is left out when nobody asks for it."""
+    log_p = torch.log_softmax(z, 1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    d = p * -d_logprob[:, None].to(z.dtype)
+    if bool(d_entropy.any()):
+        d -= log_p.add_(entropy).mul_(p).mul_(d_entropy[:, None].to(z.dtype))
+    return d.scatter_add_(1, wanted[:, None], d_logprob[:, None].to(z.dtype))
+
+
+@torch.no_grad()
+def _row_values(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+) -> tuple[Tensor, Tensor]:
+    head = make_head(weight, bias, settings)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logprobs = hidden.new_zeros(len(hidden), dtype=dtype)
+    entropies = torch.zeros_like(logprobs)
+    for rows in split_rows(valid_rows(targets, len(weight)), len(weight), settings):
+        z = head.logits(hidden.index_select(0, rows))
+        chosen = z.gather(1, targets[rows].long()[:, None])[:, 0].double()
+        shift, entropy = _shift_and_entropy(z)
+        logprobs[rows] = (chosen - shift).to(dtype)
+        entropies[rows] = entropy.to(dtype)
+    return logprobs, entropies
+
+
+def _shift_and_entropy(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log-sum-exp [r] and entropy [r], float64. Overwrites z.
+
+    On the CPU the sampler's own words (NumPy's float32 exp, a float64 sum of one row), so that the
+    log-prob has the engine's bits; elsewhere PyTorch's.
+    """
+    if z.dtype == torch.float32 and z.device.type == "cpu":
+        pairs = [_sampler_shift(row) for row in z.numpy()]
+        both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+    top = z.amax(1, keepdim=True)
+    e = (z - top).exp_()
+    total = e.sum(1, dtype=torch.float64)
+    mean = (e * (z - top)).sum(1, dtype=torch.float64) / total
+    return top[:, 0].double() + total.log(), total.log() - mean
+
+
+def _sampler_shift(row: Any) -> tuple[float, float]:
+    """(shift of `engine.sampler.token_logprob`, entropy) of one row of float32 logits."""
+    top = row.max()
+    below = row - top
+    e = np.exp(below)
+    total = e.sum(dtype=np.float64)
+    log_sum = np.log(total)
+    mean = float(np.dot(e, below)) / float(total)
+    return float(top) + float(log_sum), float(log_sum) - mean

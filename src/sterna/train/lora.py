@@ -1,0 +1,62 @@
+"""Low-rank adapters over a frozen base, plain or quantised (LoRA, DoRA; QLoRA-style).
+
+A checkpoint holds the adapter alone, as PEFT's files; the final model is the merged one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from sterna.core.errors import ConfigError
+from sterna.model.decoder import Decoder
+from sterna.model.hub import resolve_model
+from sterna.parallel.mesh import Mesh
+from sterna.quant.linear import dequantize_decoder
+from sterna.quant.load import load_quantized
+from sterna.train.adapter import add_adapter, merge_adapter
+from sterna.train.adapter_config import AdapterConfig
+from sterna.train.adapter_file import adapter_files, load_adapter
+from sterna.train.config import Recipe
+from sterna.train.sft import Sft
+from sterna.train.task import Weights
+
+# The losses read the head as one matrix, so it and a tied embedding stay plain.
+_PLAIN = ("embed_tokens", "lm_head")
+
+
+class Lora(Sft):
+    """Trains A and B (and DoRA's lengths); everything else stays as it was loaded."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self._config = config
+        self._base = ""
+
+    def build(self, recipe: Recipe, mesh: Mesh, source: Path | None) -> nn.Module:
+        """The recipe's base with a new adapter, or with that of `source`."""
+        if recipe.model.config is not None or recipe.kind == "distill":
+            raise ConfigError(
+                "[adapter] adapts an existing model; give model.path and another kind"
+            )
+        self._base = recipe.model.path
+        path = resolve_model(recipe.model.path)
+        settings = recipe.model
+        decoder = load_quantized(path, settings.dtype, mesh.device, settings.weights).decoder
+        dequantize_decoder(decoder, _PLAIN)
+        if source is not None:
+            load_adapter(decoder, source)
+        else:
+            add_adapter(decoder, self._config, recipe.run.seed)
+        return decoder
+
+    def weights(self, model: nn.Module) -> Weights:
+        """The adapter as PEFT's files."""
+        assert isinstance(model, Decoder)
+        return Weights((), {}, adapter_files(model, self._base))
+
+    def final(self, model: nn.Module) -> Weights | None:
+        """The model with its adapter folded in, as plain weights."""
+        assert isinstance(model, Decoder)
+        merge_adapter(model)
+        return super().weights(model)
