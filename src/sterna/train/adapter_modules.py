@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sterna.kernels import ops
-from sterna.kernels.quant_weight import drop_half_padding
+from sterna.kernels.quant_weight import FlatWeight, drop_half_padding
 from sterna.kernels.tiles import TILE_ROWS
 from sterna.model.layers import GatedLinear, Linear
 from sterna.quant.linear import QuantGatedLinear, QuantLinear
@@ -86,12 +86,14 @@ class AdapterPart(nn.Module):
     def delta(self, x: Tensor) -> Tensor:
         """x [T, K] -> s * dropout(x) A^T B^T, float32 [T, n]."""
         inner = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        return F.linear(F.linear(inner, self.A), self.B) * self.scaling
+        out: Tensor = F.linear(F.linear(inner, self.A), self.B) * self.scaling
+        return out
 
     @torch.no_grad()
     def norms(self, weight: Tensor) -> Tensor:
         """Row norms [n] of weight + s B A, float32."""
-        return torch.linalg.vector_norm(self._moved(weight), dim=1)
+        out: Tensor = torch.linalg.vector_norm(self._moved(weight), dim=1)
+        return out
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -205,12 +207,12 @@ def _product(base: Any, x: Tensor) -> Tensor:
     """x W^T in float32, unrounded: the `logits` op on any weight."""
     if isinstance(base, Linear | GatedLinear):
         return ops.logits(x, base.weight, base.weight.shape[0])
-    weight = base.quant_weight
+    flat: FlatWeight = base.quant_weight.flat()
     if not isinstance(base, QuantGatedLinear):
         assert isinstance(base, QuantLinear)
-        return ops.quant_logits(x, *weight.flat(), base.out_features)
+        return ops.quant_logits(x, *flat, base.out_features)
     # Each half of a gated weight is padded to whole row blocks; those rows come out as zeros.
-    padded = ops.quant_logits(x, *weight.flat(), weight.tiles.shape[0] * TILE_ROWS)
+    padded = ops.quant_logits(x, *flat, flat[0].shape[0] * TILE_ROWS)
     return drop_half_padding(padded.t(), base.out_features).t()
 
 
@@ -222,7 +224,7 @@ class _StartAt(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

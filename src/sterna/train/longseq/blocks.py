@@ -171,7 +171,12 @@ class replayed:
 
 def draws(module: nn.Module) -> bool:
     """Whether its forward draws random numbers: dropout of adapters."""
-    return module.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
+    return module.training and any(_drops(m) for m in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0
 
 
 def checkpointed(
