@@ -120,9 +120,7 @@ def step_tokens(job: dict[str, Any], result: dict[str, Any]) -> list[int]:
     if "tokens" in result:
         return list(result["tokens"])
     if job["packing"]:
-        size = len(job["batches"][0])
-        lengths = result["row_tokens"]
-        return [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+        return list(result["row_tokens"])
     return [sum(len(row["input_ids"]) for row in batch) for batch in job["batches"]]
 
 

@@ -2,7 +2,8 @@
 
     python step_trl.py JOB.json -> one JSON line
 
-The job's rows are tokenized already, so that only training is timed. `packing` is TRL's own.
+The job's rows are tokenized already, so that only training is timed. `packing` is TRL's own, one
+row a step.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=len(job["batches"][0]),
+            per_device_train_batch_size=1 if job["packing"] else len(job["batches"][0]),
             max_length=job["seq_len"],
             packing=job["packing"],
             max_steps=job["steps"],
