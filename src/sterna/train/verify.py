@@ -2,10 +2,11 @@
 
 The user's model, cut to its first layers and tokens, takes three clipped AdamW steps on a few short
 packed rows (uneven lengths, positions without target): plainly, then with each feature of the
-recipe alone, then with all together, on ranks of this machine. Loss, evaluation, every gradient and
-every weight afterwards have to agree to rounding. Native models run in float64, so that a pass
-proves the algebra and not the luck of a tolerance; models behind transformers in float32, since
-their code rounds there.
+recipe alone, then with all together, on ranks of this machine. The trainer's step (chunked head,
+counts, accumulation) is one of them; the optimizer is PyTorch's AdamW throughout. Loss, evaluation,
+every gradient and every weight afterwards have to agree to rounding. Native models run in float64,
+so that a pass proves the algebra and not the luck of a tolerance; models behind transformers in
+float32, since their code rounds there.
 
 The certificate speaks of these computations alone: not of bfloat16, of the kernels of a device
 (tests/parity holds these to their references), or of sizes beyond those of the trial.
@@ -171,6 +172,8 @@ def _plain(recipe: Recipe) -> Trial:
         num_layers=NUM_LAYERS,
         vocab_size=VOCAB_SIZE,
     )
+    if is_hf and recipe.adapter is not None:
+        raise ConfigError("adapters need a native model family; this one runs behind transformers")
     adapter = None if recipe.adapter is None else recipe.adapter.model_dump()
     if adapter is not None:
         adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
@@ -185,7 +188,7 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     sp, dp = _shrunk(config, notes)
     cut = "none" if config.shard == "none" else "full"
     inner = {"ulysses": config.ulysses} if config.ulysses else {}
-    yield "chunked head", dataclasses.replace(plain, chunked_head=7), 1
+    yield "trainer's step", dataclasses.replace(plain, chunked_head=7), 1
     if sp > 1:
         alone = {"sp": sp, "shard": "none", **inner}
         yield f"sequence over {sp}", dataclasses.replace(plain, parallel=alone), sp
