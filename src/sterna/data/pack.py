@@ -76,9 +76,7 @@ def filler() -> PackedRow:
     A rank gets it when the data end in the middle of a round of ranks, so that every rank makes
     the same number of steps. With the loss normalised by the global count it changes nothing.
     """
-    zero = np.zeros(1, np.int32)
-    return PackedRow(zero, np.full(1, IGNORE, np.int32), zero, np.array([0, 1], np.int32),
-                     (NO_SOURCE,))  # fmt: skip
+    return join([Document(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), NO_SOURCE)])
 
 
 def best_fit(lengths: Sequence[int], seq_len: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""The backward of every op: recompute the reference under autograd, then differentiate it.
+"""The backward of every op: a formula of `backward.py`, or the reference run again under autograd.
 
-Correct for every op from one function, and it saves only the op's inputs. The forward is whatever
-back end the dispatcher picks, so the gradient belongs to the reference, which agrees with the
-back end within the op's tolerance.
+The second is correct for every op from one function, and the oracle of the first. Both save only
+the op's inputs. The forward is whatever back end the dispatcher picks, so the gradient belongs to
+the reference, which agrees with the back end within the op's tolerance.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sterna.core.errors import KernelError
+from sterna.kernels.backward import BACKWARDS, Backward
 
 
-class _Recompute(torch.autograd.Function):
-    """Runs `forward_op` below autograd; its backward differentiates `reference`."""
+class _Differentiable(torch.autograd.Function):
+    """Runs `forward_op` below autograd; its backward is `formula`, or that of `reference`."""
 
     @staticmethod
     def forward(
-        ctx: Any, forward_op: Callable[..., Tensor], reference: Callable[..., Tensor], *args: Any
+        ctx: Any,
+        forward_op: Callable[..., Tensor],
+        reference: Callable[..., Tensor],
+        formula: Backward | None,
+        *args: Any,
     ) -> Tensor:
-        ctx.reference = reference
+        ctx.reference, ctx.formula = reference, formula
         ctx.args = [None if isinstance(a, Tensor) else a for a in args]
         ctx.tensor_idx = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         ctx.save_for_backward(*(args[i] for i in ctx.tensor_idx))
@@ -31,18 +37,32 @@ class _Recompute(torch.autograd.Function):
             return forward_op(*args)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         args = list(ctx.args)
         for i, saved in zip(ctx.tensor_idx, ctx.saved_tensors, strict=True):
-            args[i] = saved.detach().requires_grad_(ctx.needs_input_grad[i + 2])
-        wanted = [i for i in ctx.tensor_idx if ctx.needs_input_grad[i + 2]]
-        with torch.enable_grad():
-            output = ctx.reference(*args)
-        found = torch.autograd.grad(output, [args[i] for i in wanted], grads[0])
-        result: list[Tensor | None] = [None] * (len(args) + 2)
-        for i, grad in zip(wanted, found, strict=True):
-            result[i + 2] = grad
-        return tuple(result)
+            args[i] = saved.detach()
+        wants = ctx.needs_input_grad[3:]
+        found = ctx.formula(grad.contiguous(), wants, *args) if ctx.formula is not None else None
+        return (None, None, None, *(found or recompute(ctx.reference, grad, wants, args)))
+
+
+def recompute(
+    reference: Callable[..., Tensor], grad: Tensor, wants: tuple[bool, ...], args: list[Any]
+) -> tuple[Tensor | None, ...]:
+    """One gradient an argument, by PyTorch through the reference; None where none is wanted."""
+    leaves = [
+        a.requires_grad_(wanted) if isinstance(a, Tensor) else a
+        for a, wanted in zip(args, wants, strict=True)
+    ]
+    wanted_idx = [i for i, wanted in enumerate(wants) if wanted]
+    with torch.enable_grad():
+        output = reference(*leaves)
+    found = torch.autograd.grad(output, [leaves[i] for i in wanted_idx], grad)
+    result: list[Tensor | None] = [None] * len(args)
+    for i, value in zip(wanted_idx, found, strict=True):
+        result[i] = value
+    return tuple(result)
 
 
 def autograd_kernel(
@@ -53,7 +73,8 @@ def autograd_kernel(
     Raises KernelError when an inference-only op is asked to record one.
     """
 
-    record: Callable[..., Tensor] = _Recompute.apply
+    record: Callable[..., Tensor] = _Differentiable.apply
+    formula = BACKWARDS.get(name)
 
     def kernel(*args: Any) -> Tensor:
         op: Callable[..., Tensor] = getattr(torch.ops.sterna, name).default
@@ -65,7 +86,7 @@ def autograd_kernel(
                 f"op sterna::{name} has no backward but an input requires a gradient; "
                 "run it under torch.inference_mode(), or use a Batch with kv=None to train"
             )
-        return record(op, reference, *args)
+        return record(op, reference, formula, *args)
 
     return kernel
 

@@ -44,6 +44,19 @@ class KernelBackend(Protocol):
         """The [N, K] weight that `pack_weight` took; a size of 0 leaves that dim's padding on."""
         ...
 
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        query_starts: Tensor,
+        heads: tuple[int, int, int],
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor | None:
+        """The gradient [T, (H + 2 G) * C] of packed attention, or None: no kernel for these."""
+        ...
+
 
 class ReferenceBackend:
     """Plain weights; cache blocks laid out [2, num_kv_heads, block_size, head_dim (+ scale)]."""
@@ -72,6 +85,19 @@ class ReferenceBackend:
     ) -> Tensor:
         """See KernelBackend."""
         return packed
+
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        query_starts: Tensor,
+        heads: tuple[int, int, int],
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor | None:
+        """See KernelBackend."""
+        return None
 
 
 _REFERENCE = ReferenceBackend()

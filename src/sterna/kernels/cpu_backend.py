@@ -32,6 +32,13 @@ _PANEL = _cpu.PANEL
 _CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)
+# Ops that take plain weights in training, and whether those are gated. From this many rows on a
+# weight is packed for the call (4 % of a training step of 1,024 tokens); the kernel packs a panel
+# at a time for fewer. The copy is not kept: a version counter does not see every way of writing
+# (FSDP gathers into the same storage), and an old weight is the worst of errors.
+_PLAIN_GATED = {"linear": False, "gated_linear": True, "logits": False}
+_PACK_ROWS = 32
+_PARTIAL_BYTES = 256 << 20
 _SLACK_ELEMS = 64  # vector loads may read past the last head when head_dim is no multiple of 16
 _TRAIN_BLOCK = 16  # block size of the throw-away cache of `attention`
 
@@ -145,6 +152,37 @@ class CpuBackend:
         plain = [part.permute(0, 2, 1, 3).reshape(-1, _columns(part)) for part in parts]
         return torch.cat([p[: rows or None, : in_features or None] for p in plain])
 
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        query_starts: Tensor,
+        heads: tuple[int, int, int],
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor | None:
+        """See KernelBackend."""
+        if qkv.dtype not in cpu_calls.DTYPES:
+            return None
+        num_heads, kv_heads, dim = heads
+        tokens, width = len(qkv), _cpu.attention_grad_width(dim)
+        # Every query head adds to key sums of its own, which are added up at the end, as long as
+        # these are small: 9 heads of 3 groups keep two threads busier than 3 do.
+        group = num_heads // kv_heads
+        parts = group if 8 * tokens * num_heads * width <= _PARTIAL_BYTES else 1
+        qkv, grad, starts = qkv.contiguous(), grad.contiguous(), query_starts.contiguous()
+        out = torch.empty_like(qkv)
+        partial = torch.empty(2, kv_heads, parts, tokens, width)
+        self.kernels.attention_grad(
+            qkv.data_ptr(), grad.data_ptr(), starts.data_ptr(), out.data_ptr(), partial.data_ptr(),
+            cpu_calls.DTYPES[qkv.dtype], num_heads, kv_heads, dim, parts, window, tokens,
+            len(starts) - 1, scale, softcap,
+        )  # fmt: skip
+        d_kv = partial[..., :dim].sum(2) if parts > 1 else partial[:, :, 0, :, :dim]
+        out[:, num_heads * dim :] = d_kv.permute(2, 0, 1, 3).reshape(tokens, -1)
+        return out
+
 
 def register() -> CpuBackend:
     """Put every kernel under the dispatcher's CPU key and own the CPU layouts."""
@@ -168,10 +206,16 @@ def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) ->
             if not is_eager:
                 raise KernelError(f"{name} runs the reference on {args[0].dtype} of this width")
             return reference(*args)
-        ready = (a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        ready = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        if is_eager and _is_packed_here(name, ready):
+            ready[1] = backend.pack_weight(ready[1], _PLAIN_GATED[name])
         return call(sink, *ready)
 
     return kernel
+
+
+def _is_packed_here(name: str, args: list[Any]) -> bool:
+    return name in _PLAIN_GATED and args[1].dim() == 2 and len(args[0]) >= _PACK_ROWS
 
 
 def _serves(name: str, args: tuple[Any, ...], check: bool) -> bool:

@@ -21,6 +21,9 @@ from sterna.model.layers import Attention, Block, GatedLinear, Linear, new_norm
 from sterna.model.rope import rope_table, short_rows
 from sterna.parallel.ulysses import ParallelPlan
 
+# (decoder, embedded h [T, D], batch) -> the last block's output, or None: take the usual way
+Walk = Callable[["Decoder", Tensor, Batch], Tensor | None]
+
 
 class RopeTables(nn.Module):
     """The float32 rope tables of a model; they follow its device but never its dtype."""
@@ -66,16 +69,21 @@ class Decoder(nn.Module):
         self.norm = new_norm(config, dtype, device)
         self.lm_head = None if config.tie_word_embeddings else LMHead(config, dtype, device)
         self.ropes = RopeTables(config, torch.device(rope_device or device))
+        self.walk: Walk | None = None  # another way through the blocks, for training
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
         h = self.embedded(batch)
+        walked = self.walk(self, h, batch) if self.walk is not None else None
+        out: Tensor = self.norm(self._walk(h, batch) if walked is None else walked)
+        return out
+
+    def _walk(self, h: Tensor, batch: Batch) -> Tensor:
         last = len(self.layers) - 1
         for layer_idx, block in enumerate(self.layers):
             rows = batch.output_rows if layer_idx == last else None
             h = block(h, batch, self.rope_of(layer_idx), rows)
-        out: Tensor = self.norm(h)
-        return out
+        return h
 
     def embedded(self, batch: Batch) -> Tensor:
         """What the first block reads: [T, D]."""

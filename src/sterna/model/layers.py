@@ -156,12 +156,9 @@ class Attention(nn.Module):
 
         `table`: rope table of this layer, None = no rotation.
         """
-        qkv = self.qkv(x)
-        q_norm = self.q_norm.weight if self.q_norm is not None else None
-        k_norm = self.k_norm.weight if self.k_norm is not None else None
-        rope = (batch.positions, table, q_norm, k_norm, self.eps, self.has_unit_offset)
         if batch.kv is None:
-            return self.attend(ops.rope(qkv, *rope, *self.heads), batch.query_starts)
+            return self.attend(self.project(x, batch.positions, table), batch.query_starts)
+        qkv, rope = self.qkv(x), self._rope_args(batch.positions, table)
         kv = batch.kv
         cache = kv.layers[self.layer_idx]
         q = ops.rope_store(qkv, *rope, *self.heads, cache, kv.slots, kv.block_size)
@@ -177,6 +174,17 @@ class Attention(nn.Module):
             self.window,
             self.softcap,
         )
+
+    def project(self, x: Tensor, positions: Tensor, table: Tensor | None) -> Tensor:
+        """Training: normed x [T, D] -> rotated qkv [T, (H + 2G) * C], row by row."""
+        return ops.rope(self.qkv(x), *self._rope_args(positions, table), *self.heads)
+
+    def _rope_args(
+        self, positions: Tensor, table: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool]:
+        q_norm = self.q_norm.weight if self.q_norm is not None else None
+        k_norm = self.k_norm.weight if self.k_norm is not None else None
+        return positions, table, q_norm, k_norm, self.eps, self.has_unit_offset
 
     def attend(self, qkv: Tensor, query_starts: Tensor) -> Tensor:
         """Training: rotated qkv [T, (H + 2G) * C] -> [T, H * C]; T may be a rank's slice."""
@@ -248,6 +256,10 @@ class Block(nn.Module):
         o = self.attn(self.attn_norm(h), batch, table)
         if rows is not None:
             h, o = ops.select_rows(h, rows), ops.select_rows(o, rows)
+        return self.finish(h, o)
+
+    def finish(self, h: Tensor, o: Tensor) -> Tensor:
+        """What follows attention, row by row: h [R, D], its output o [R, H * C] -> [R, D]."""
         if self.post_attn_norm is None or self.post_mlp_norm is None:
             h = self.attn.out(o, h)
             out: Tensor = self.mlp(self.mlp_norm(h), h)

@@ -69,16 +69,27 @@ def average_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
     """
     if axis.size == 1:
         return
-    bucket: list[Tensor] = []
-    size = 0
+    grads = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if bucket and (size > BUCKET_ELEMENTS or bucket[0].dtype != parameter.grad.dtype):
+        grads.append(parameter.grad)
+    average_tensors(grads, axis)
+
+
+@torch.no_grad()
+def average_tensors(tensors: Iterable[Tensor], axis: Axis) -> None:
+    """Replace tensors by their mean over the ranks, in buckets; every rank has the same shapes."""
+    if axis.size == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size > BUCKET_ELEMENTS or bucket[0].dtype != tensor.dtype):
             _average(bucket, axis)
             bucket, size = [], 0
-        bucket.append(parameter.grad)
-        size += parameter.grad.numel()
+        bucket.append(tensor)
+        size += tensor.numel()
     if bucket:
         _average(bucket, axis)
 

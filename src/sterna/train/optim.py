@@ -33,6 +33,7 @@ from sterna.core.errors import ConfigError
 from sterna.parallel.fsdp import local
 from sterna.train import rounding
 from sterna.train.config import OptimSection
+from sterna.train.gradients import Gradients
 
 SLICE = 1 << 20
 BLOCK = 256
@@ -56,6 +57,7 @@ class AdamW:
     def __init__(
         self, named: Iterable[tuple[str, nn.Parameter]], settings: OptimSection, seed: int = 0
     ) -> None:
+        """ConfigError when every weight is frozen."""
         self._settings = settings
         self._seed = seed
         self._slots = [self._new_slot(name, p) for name, p in named if p.requires_grad]
@@ -74,17 +76,18 @@ class AdamW:
         return self._settings.master and weight.dtype != torch.float32
 
     @torch.no_grad()
-    def step(self, step: int, lr: float, grad_scale: float = 1.0) -> None:
+    def step(self, grads: Gradients, step: int, lr: float, grad_scale: float = 1.0) -> None:
         """Update every weight that has a gradient. `step` counts from 0; gradients are multiplied
-        by `grad_scale` first (clipping) and freed after."""
+        by `grad_scale` first (clipping) and forgotten after."""
         for index, slot in enumerate(self._slots):
-            if slot.weight.grad is None:
+            found = grads.of(slot.weight)
+            if found is None:
                 continue
-            grad = local(slot.weight.grad).reshape(-1)
+            grad = found.reshape(-1)
             source = rounding.generator(self._seed, step, index)
             for part in _slices(grad.numel()):
                 self._step_slice(slot, part, grad[part], step, lr, grad_scale, source)
-            slot.weight.grad = None
+        grads.clear()
 
     def _step_slice(
         self,
@@ -123,20 +126,6 @@ class AdamW:
             fused=True, amsgrad=False, beta1=settings.beta1, beta2=settings.beta2, lr=lr,
             weight_decay=decay, eps=settings.eps, maximize=False,
         )  # fmt: skip
-
-    def square_sum(self) -> Tensor:
-        """The sum of squares of this rank's gradients, float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64)
-        for slot in self._slots:
-            if slot.weight.grad is not None:
-                grad = local(slot.weight.grad)
-                total += torch.linalg.vector_norm(grad, dtype=torch.float32).double().cpu() ** 2
-        return total
-
-    def drop_gradients(self) -> None:
-        """Forget the gradients of a step that is not taken."""
-        for slot in self._slots:
-            slot.weight.grad = None
 
     def state_dict(self) -> State:
         """Name -> state tensors of this rank, themselves and not copies."""

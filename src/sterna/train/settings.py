@@ -53,9 +53,11 @@ def _default(field: FieldInfo) -> str:
 
 
 def markdown_table() -> str:
-    """The table of docs/training.md."""
+    """The table of docs/training.md; the keys of [data] have a page of their own."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for setting in all_settings():
+        if setting.name.startswith("data."):
+            continue
         meaning = setting.meaning.replace("|", "\\|")
         lines.append(f"| `{setting.name}` | {setting.default} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -24,9 +24,10 @@ from sterna.core.errors import TrainError
 from sterna.data.pack import PackedRow, filler
 from sterna.model.batch import Batch
 from sterna.parallel.collectives import total
-from sterna.parallel.fsdp import average_gradients, release
+from sterna.parallel.fsdp import release
 from sterna.parallel.mesh import Mesh
 from sterna.parallel.shard_rows import shard_batch
+from sterna.train.gradients import Gradients
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.neftune import Neftune
 
@@ -53,14 +54,20 @@ class TrainModel(Protocol):
 Loss = Callable[[Any, Batch, Tensor], Tensor]
 
 
-def cross_entropy(model: TrainModel, batch: Batch, targets: Tensor) -> Tensor:
-    """Next-token cross entropy, summed over valid targets; logits exist a chunk at a time."""
+def cross_entropy(
+    model: TrainModel, batch: Batch, targets: Tensor, *, chunk_rows: int | None = None
+) -> Tensor:
+    """Next-token cross entropy, summed over valid targets.
+
+    Logits exist for `chunk_rows` rows at a time, None = as many as the head's byte limit allows.
+    """
     return chunked_cross_entropy(
         model.hidden(batch),
         model.head_weight(),
         targets,
         softcap=float(getattr(model.config, "logits_softcap", 0.0)),
         bias=model.head_bias(),
+        chunk_rows=chunk_rows,
     )
 
 
@@ -75,7 +82,7 @@ class StepLoss:
 
 
 class TrainStep:
-    """Runs forward and backward of a step's rows; gradients are left in the parameters."""
+    """Runs forward and backward of a step's rows; `gradients` then has what they gave."""
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class TrainStep:
         self._loss = loss
         self._neftune = neftune
         self._is_sharded = is_sharded
+        self.gradients = Gradients(model.parameters())
 
     def run(self, rows: Sequence[PackedRow], step: int = 0) -> StepLoss:
         """Gradients of this rank's rows. TrainError when no rank has a valid target."""
@@ -104,9 +112,11 @@ class TrainStep:
                 "the samples have answers"
             )
         factor = self._mesh.data.size / num_targets
-        sums = [self._micro(m, factor, step, i) for i, m in enumerate(self._micros(rows))]
+        micros = list(self._micros(rows))
+        self.gradients.begin(len(micros))
+        sums = [self._micro(micro, factor, step, i) for i, micro in enumerate(micros)]
         if not self._is_sharded:
-            average_gradients(_trained(self._model), self._mesh.data)
+            self.gradients.average(self._mesh.data)
         return self._sum_up(torch.stack(sums), num_targets, num_tokens)
 
     @torch.no_grad()
@@ -123,6 +133,7 @@ class TrainStep:
             self._neftune.arm(batch, step, micro, self._mesh.sp)
         loss = self._loss(self._model, batch, targets)
         torch.autograd.backward(loss * factor)
+        self.gradients.add()
         return loss.detach().double()
 
     def _sum_up(self, sums: Tensor, num_targets: int, num_tokens: int) -> StepLoss:
@@ -143,10 +154,6 @@ class TrainStep:
         """The micro-batch, or this sp rank's slice of it."""
         sp = self._mesh.sp
         return shard_batch(*as_batch(rows, self._mesh.device, sp.size), sp)
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def as_batch(

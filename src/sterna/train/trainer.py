@@ -96,10 +96,10 @@ class Trainer:
 
         The state before the step is saved, so nothing is lost.
         """
-        self._norm = float(total(self.parts.optimizer.square_sum(), self.parts.shards)) ** 0.5
+        self._norm = float(total(self.parts.step.gradients.square_sum(), self.parts.shards)) ** 0.5
         if np.isfinite(loss.loss) and np.isfinite(self._norm):
             return
-        self.parts.optimizer.drop_gradients()
+        self.parts.step.gradients.clear()
         step, mesh = self.counters.step, self.mesh
         dump = dump_rows(self.output / "bad", step + 1, mesh.rank, rows)
         self._save(self._position)
@@ -117,7 +117,7 @@ class Trainer:
         self._lr = lr_at(counters.step, recipe.optim.lr, recipe.schedule, self.parts.horizon)
         limit = recipe.optim.grad_clip
         scale = limit / self._norm if limit and self._norm > limit else 1.0
-        self.parts.optimizer.step(counters.step, self._lr, scale)
+        self.parts.optimizer.step(self.parts.step.gradients, counters.step, self._lr, scale)
         if self.parts.ema is not None:
             self.parts.ema.update(self.parts.optimizer)
         counters.step += 1

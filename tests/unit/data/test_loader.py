@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 from collections import Counter
@@ -111,6 +112,24 @@ def test_close_in_the_middle_goes_on(kit, tokenizer, chats):
         got.append(row)
         loader.close()
     assert keys(got) == keys(whole)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_files_are_let_go_and_opened_again(tmp_path, kit, tokenizer, monkeypatch, kind):
+    monkeypatch.setattr("sterna.data.source._OPEN_TABLES", 2)
+    for n in range(6):
+        path = tmp_path / f"{n}.{kind}"
+        rows = [{"text": f"{n}-{i}"} for i in range(9)]
+        if kind == "parquet":
+            pa = pytest.importorskip("pyarrow")
+            pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            path.write_bytes(gzip.compress(text) if kind.endswith("gz") else text)
+    source = {"path": str(tmp_path / "*"), "epochs": 2}
+    data = kit.settings(source, shuffle_buffer=5, document_end="")
+    texts = Counter(kit.texts_of(rows_of(tokenizer, data), tokenizer))
+    assert texts == Counter({f"{n}-{i}": 2 for n in range(6) for i in range(9)})
 
 
 def test_held_out_rows_are_kept_apart(kit, tokenizer, chats):

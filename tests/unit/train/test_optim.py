@@ -9,6 +9,7 @@ from torch import nn
 from sterna.core.errors import ConfigError
 from sterna.train import optim, rounding
 from sterna.train.config import OptimSection
+from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 
 
@@ -22,10 +23,11 @@ def weights(dtype=torch.float32, seed=0, shapes=((40, 33), (33,), (7, 300))):
 
 def run(named, settings, steps=20, lr=1e-2, grad_of=lambda p, t: torch.sin(p * 3) + 0.1, seed=0):
     ours = AdamW(named, settings, seed)
+    grads = Gradients(p for _, p in named)
     for t in range(steps):
         for _, p in named:
             p.grad = grad_of(p.detach().float(), t).to(p.dtype)
-        ours.step(t, lr)
+        ours.step(grads, t, lr)
     return ours
 
 
@@ -101,10 +103,11 @@ def test_8bit_second_moments_decay_and_never_reach_zero():
     named = [("w", nn.Parameter(torch.zeros(4, 256)))]
     optimizer = AdamW(named, OptimSection(states="8bit"))
     p = named[0][1]
+    grads = Gradients([p])
     for t in range(60):
         p.grad = torch.full_like(p, 1.0 if t == 0 else 1e-3)
         p.grad[:, 0] = 1e-6  # the least of its block by far
-        optimizer.step(t, 1e-4)
+        optimizer.step(grads, t, 1e-4)
     _, v = optim._load(optimizer.state_dict()["w"], slice(0, 1024))
     exact = 0.05 * 0.95**59 + 1e-6 * (1 - 0.95**59)
     assert (v.view(4, 256)[:, 1:].mean() / exact).item() == pytest.approx(1, abs=0.15)
@@ -142,7 +145,7 @@ def test_steps_repeat_from_saved_states_to_the_bit(states, dtype, master):
     for t in range(4, 7):
         for _, p in halves:
             p.grad = (torch.sin(p.detach().float() * 3) + 0.1).to(p.dtype)
-        second.step(t, 1e-2)
+        second.step(Gradients(p for _, p in halves), t, 1e-2)
     for (_, a), (_, b) in zip(whole, halves, strict=True):
         assert torch.equal(a, b)
 
@@ -154,7 +157,7 @@ def test_frozen_weights_are_left_alone():
     assert "w0.weight" not in optimizer.state_dict()
     for _, p in named[1:]:
         p.grad = torch.ones_like(p)
-    assert optimizer.square_sum().item() == pytest.approx(33 + 2100, rel=1e-6)
+    assert Gradients(p for _, p in named).square_sum().item() == pytest.approx(33 + 2100, rel=1e-6)
     with pytest.raises(ConfigError, match="every parameter is frozen"):
         AdamW(named[:1], OptimSection())
 

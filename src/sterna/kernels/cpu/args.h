@@ -93,6 +93,20 @@ struct AttentionArgs {
   float scale, softcap;
 };
 
+// Training: gradients of the queries into their columns of d_qkv, of keys and values into partial
+// sums, [2][G * parts][T][attention_grad_width], to be added over the parts.
+struct AttentionGradArgs {
+  const void* qkv;   // [T, (H + 2G) * C]
+  const void* grad;  // [T, H * C]
+  const int32_t* query_starts;
+  void* d_qkv;
+  float* partial;
+  int32_t dtype, num_heads, num_kv_heads, head_dim, parts, window;  // parts divides H / G
+  int64_t num_tokens;
+  float scale, softcap;
+};
+inline int32_t attention_grad_width(int32_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
 struct DrawArgs {
   const float* logits;  // [rows, vocab]
   const int32_t* row_ids;  // [R]  the row of each draw; rows may repeat
@@ -183,6 +197,7 @@ struct KernelTable {
   Kernel<SelectArgs> select;
   Kernel<RopeArgs> rope;
   Kernel<AttentionArgs> attention;
+  Kernel<AttentionGradArgs> attention_grad;
   Kernel<DrawArgs> draw;
   Kernel<QuantLinearArgs> quant_linear;
   Kernel<QuantEmbedArgs> quant_embed;

@@ -12,6 +12,7 @@ Kernel<ActivateArgs> activate_kernel();
 Kernel<SelectArgs> select_kernel();
 Kernel<RopeArgs> rope_kernel();
 Kernel<AttentionArgs> attention_kernel();
+Kernel<AttentionGradArgs> attention_grad_kernel();
 Kernel<DrawArgs> draw_kernel();
 Kernel<QuantLinearArgs> quant_linear_kernel();
 Kernel<QuantEmbedArgs> quant_embed_kernel();

@@ -168,6 +168,17 @@ void bind_attention_ops(nb::class_<Kernels>& k) {
      "context_lens"_a, "out"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
      "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "cache_format"_a,
      "scale"_a, "softcap"_a);
+  k.def("attention_grad", [](Kernels& self, Addr qkv, Addr grad, Addr starts, Addr d_qkv,
+                             Addr partial, int dtype, int heads, int kv_heads, int head_dim,
+                             int parts, int window, int64_t tokens, int seqs, float scale,
+                             float softcap) {
+    AttentionGradArgs args{ptr<void>(qkv), ptr<void>(grad), ptr<int32_t>(starts),
+                           ptr<void>(d_qkv), ptr<float>(partial), dtype, heads, kv_heads,
+                           head_dim, parts, window, tokens, scale, softcap};
+    self.submit(nullptr, args, 0, 0, seqs);
+  }, "qkv"_a, "grad"_a, "query_starts"_a, "d_qkv"_a, "partial"_a, "dtype"_a, "num_heads"_a,
+     "num_kv_heads"_a, "head_dim"_a, "parts"_a, "window"_a, "num_tokens"_a, "seqs"_a, "scale"_a,
+     "softcap"_a);
 }
 
 }  // namespace
@@ -191,6 +202,7 @@ NB_MODULE(_cpu, m) {
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  m.def("attention_grad_width", &attention_grad_width, "head_dim"_a);
   m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
   m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
         "table"_a, "count"_a);

@@ -13,13 +13,14 @@ const auto& kernel(const KernelTable& t, const ActivateArgs&) { return t.activat
 const auto& kernel(const KernelTable& t, const SelectArgs&) { return t.select; }
 const auto& kernel(const KernelTable& t, const RopeArgs&) { return t.rope; }
 const auto& kernel(const KernelTable& t, const AttentionArgs&) { return t.attention; }
+const auto& kernel(const KernelTable& t, const AttentionGradArgs&) { return t.attention_grad; }
 const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention", "draw", "quant_linear", "quant_embed", "quant_rows"};
+                                 "attention", "attention_grad", "draw", "quant_linear", "quant_embed", "quant_rows"};
 
 }  // namespace
 

@@ -1,0 +1,96 @@
+"""Switches a decoder to long rows: `apply_longseq(decoder, settings)`.
+
+Checkpoints of one block replace that block's `forward`, so that FSDP2's hooks around it stay.
+Checkpoints of several blocks span modules, which FSDP2 gathers one at a time: refused together.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sterna.core.errors import ConfigError
+from sterna.model.batch import Batch
+from sterna.model.decoder import Decoder
+from sterna.model.layers import Block
+from sterna.train.longseq.blocks import LongBlock, checkpointed
+from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.store import DiskStore, HostStore, MemoryStore, Store
+
+
+def apply_longseq(
+    decoder: Decoder, settings: LongseqSection, folder: Path | None = None, is_sharded: bool = False
+) -> None:
+    """Train `decoder` in the memory `settings` allow. Values are those of the plain forward.
+
+    `folder`: where tier disk writes when the settings name none. `is_sharded`: FSDP2 holds the
+    weights. Call it before FSDP2 wraps the blocks or after. Raises ConfigError for combinations
+    that cannot be proven.
+    """
+    if is_sharded and settings.every > 1:
+        raise ConfigError(
+            f"longseq.every = {settings.every} spans blocks that FSDP2 gathers one at a time; "
+            "use longseq.every = 1 with more than one data rank",
+            param="longseq.every",
+        )
+    store = new_store(settings, decoder.device, folder)
+    blocks = [LongBlock(block, settings, store) for block in _blocks(decoder)]
+    if settings.checkpoint and settings.every > 1:
+        decoder.walk = Segments(blocks, settings.every)
+        return
+    if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
+        for block in blocks:
+            block.block.forward = types.MethodType(_forward_of(block), block.block)  # type: ignore[method-assign]
+
+
+def new_store(settings: LongseqSection, device: torch.device, folder: Path | None) -> Store:
+    """The store of the settings' tier. ConfigError for disk without a folder."""
+    if settings.tier == "host":
+        return HostStore(device)
+    if settings.tier == "memory":
+        return MemoryStore()
+    place = settings.folder or folder
+    if place is None:
+        raise ConfigError(
+            "longseq.tier = 'disk' needs a folder; set longseq.folder", param="longseq.folder"
+        )
+    return DiskStore(place)
+
+
+def _blocks(decoder: Decoder) -> list[Block]:
+    return [block for block in decoder.layers if isinstance(block, Block)]
+
+
+def _forward_of(block: LongBlock) -> Any:
+    def forward(
+        self: Block, h: Tensor, batch: Batch, table: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        if batch.kv is not None or rows is not None:
+            return Block.forward(self, h, batch, table, rows)
+        if not block.settings.checkpoint:
+            return block.in_tiles(h, batch, table)
+        return checkpointed([block], h, batch, [table])
+
+    return forward
+
+
+class Segments:
+    """Walks the blocks of a decoder, one checkpoint a segment."""
+
+    def __init__(self, blocks: list[LongBlock], every: int) -> None:
+        self._segments = [blocks[i : i + every] for i in range(0, len(blocks), every)]
+
+    def __call__(self, decoder: Decoder, h: Tensor, batch: Batch) -> Tensor | None:
+        """The last block's output; None for a batch that is not trained on."""
+        if batch.kv is not None or batch.output_rows is not None:
+            return None
+        at = 0
+        for segment in self._segments:
+            tables = [decoder.rope_of(i) for i in range(at, at + len(segment))]
+            h = checkpointed(segment, h, batch, tables)
+            at += len(segment)
+        return h
