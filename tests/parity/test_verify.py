@@ -111,7 +111,11 @@ def test_a_feature_that_cannot_run_is_a_failed_check(folder):
 
 def test_an_adapter_is_compared_with_plain_training_of_the_adapter(folder):
     recipe = recipe_of(folder, {"sp": 2})
-    adapted = recipe.model_copy(update={"adapter": AdapterConfig(rank=4, dropout=0.1, layers=(2,))})
+    adapter = AdapterConfig(rank=4, dropout=0.1, layers=(2,))
+    long = recipe.longseq.model_copy(update={"checkpoint": True, "mlp_tile": 9})
+    adapted = recipe.model_copy(update={"adapter": adapter, "longseq": long})
     certificate = verify(adapted)
     assert certificate.is_passed, certificate.text()
+    names = [check.feature for check in certificate.checks]
+    assert "long rows" in names
     assert "parts" in certificate.checks[0].errors.worst_grad  # adapters alone have gradients

@@ -28,6 +28,8 @@ from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.parallel.shard_rows import IGNORE, shard_batch
 from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
+from sterna.train.longseq.apply import apply_longseq
+from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.spread import spread
 from sterna.train.step import TrainStep
@@ -61,6 +63,7 @@ class Trial:
     parallel: dict[str, Any] = field(default_factory=dict)
     chunked_head: int | None = None  # the trainer's step, with that many rows of logits at once;
     # None = whole logits, in the plain loop below
+    longseq: dict[str, Any] = field(default_factory=dict)  # LongseqSection
     steps: int = 3
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
     adapter: dict[str, Any] | None = None  # AdapterConfig; trained instead of the weights
@@ -143,7 +146,10 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     if trial.adapter is not None:
         add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
         _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
-    return model, spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    is_cut = spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    if trial.longseq:
+        apply_longseq(model, LongseqSection(**trial.longseq), is_sharded=is_cut)
+    return model, is_cut
 
 
 def _fill_zeros(model: nn.Module, seed: int) -> None:

@@ -172,8 +172,11 @@ def _plain(recipe: Recipe) -> Trial:
         num_layers=NUM_LAYERS,
         vocab_size=VOCAB_SIZE,
     )
-    if is_hf and recipe.adapter is not None:
-        raise ConfigError("adapters need a native model family; this one runs behind transformers")
+    longseq = recipe.longseq.model_dump(exclude={"head_rows"}, exclude_defaults=True)
+    if is_hf and (recipe.adapter is not None or longseq):
+        raise ConfigError(
+            "[adapter] and [longseq] need a native family; this model runs behind transformers"
+        )
     adapter = None if recipe.adapter is None else recipe.adapter.model_dump()
     if adapter is not None:
         adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
@@ -189,6 +192,11 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     cut = "none" if config.shard == "none" else "full"
     inner = {"ulysses": config.ulysses} if config.ulysses else {}
     yield "trainer's step", dataclasses.replace(plain, chunked_head=7), 1
+    long = recipe.longseq.model_dump(exclude={"head_rows", "folder"}, exclude_defaults=True)
+    if long.pop("tier", "memory") != "memory":
+        notes.append("note: checkpoints were kept in memory, whatever longseq.tier says")
+    if long:
+        yield "long rows", dataclasses.replace(plain, longseq=long), 1
     if sp > 1:
         alone = {"sp": sp, "shard": "none", **inner}
         yield f"sequence over {sp}", dataclasses.replace(plain, parallel=alone), sp
@@ -199,7 +207,8 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
         alone = {"dp": max(2, dp), "shard": "full"}
         yield "sharded weights", dataclasses.replace(plain, parallel=alone), max(2, dp)
     together = {"dp": dp, "sp": sp, "shard": cut, **inner}
-    yield "all", dataclasses.replace(plain, parallel=together, chunked_head=7), dp * sp
+    everything = dataclasses.replace(plain, parallel=together, chunked_head=7, longseq=long)
+    yield "all", everything, dp * sp
 
 
 def _shrunk(config: ParallelConfig, notes: list[str]) -> tuple[int, int]:
