@@ -28,6 +28,7 @@ ROWS = {
     "dp": (Row((5, 18)), Row((33,), trained=(2, 5)), Row((9, 9, 9)), Row((26,), drop=0.0)),
 }
 MESHES = {
+    "alone": (1, {}),
     "sp2": (2, {"sp": 2}),
     "sp2-replicated": (2, {"sp": 2, "shard": "none"}),
     "dp2": (2, {"dp": 2}),
@@ -93,26 +94,21 @@ def ranks():
 
 
 REFERENCES = {}
+OPTIONS = ("longseq", "chunked", "adapter", "frozen")
 
 
-def check(
-    ranks,
-    mesh,
-    rows,
-    dtype="float64",
-    backend="native",
-    chunked=None,
-    frozen=(),
-    adapter=None,
-    **model,
-):
+def check(ranks, mesh, rows, dtype="float64", backend="native", **options):
+    """Beside OPTIONS, the options are values of the model's config."""
+    longseq, chunked, adapter, frozen = (options.pop(key, None) for key in OPTIONS)
+    model = options
     world, parallel = MESHES[mesh]
     kind = "native" if backend == "native" else "hf"
     shape = TrialModel(config(**model) if backend == "native" else HF[backend], backend=kind)
-    plain = Trial(ROWS[rows], shape, dtype=dtype, frozen=frozen, adapter=adapter)
+    plain = Trial(ROWS[rows], shape, dtype=dtype, frozen=frozen or (), adapter=adapter)
     if repr(plain) not in REFERENCES:
         REFERENCES[repr(plain)] = run_trial(plain)
-    spread = replace(plain, parallel=parallel, chunked_head=chunked)
+    longseq = longseq or {}
+    spread = replace(plain, parallel=parallel, chunked_head=chunked, longseq=longseq)
     found = compare(REFERENCES[repr(plain)], ranks.run(world, RUN, spread)[0])
     assert found.worst <= LIMITS[dtype], found
     return found
@@ -130,7 +126,7 @@ CHOSEN = [
 ALL = [
     (mesh, rows, heads)
     for mesh, rows, heads in itertools.product(MESHES, ROWS, HEADS)
-    if rows == "dp" or "dp" not in mesh
+    if mesh != "alone" and (rows == "dp" or "dp" not in mesh)
 ]
 
 
@@ -192,3 +188,23 @@ def test_adapters(ranks, kind):
     adapter = {"kind": kind, "rank": 4}
     check(ranks, "dp2-sp2", "dp", adapter=adapter)
     check(ranks, "sp2-replicated", "empty-shard", adapter=adapter, tied=True)
+
+
+# Tiles that do not divide the row, are longer than it, or hold one token.
+LONGSEQ = {
+    "checkpoint": {"checkpoint": True},
+    "tiles": {"mlp_tile": 5, "attention_tile": 7},
+    "one-token-tiles": {"checkpoint": True, "mlp_tile": 1, "attention_tile": 1},
+    "tiles-beyond-the-row": {"checkpoint": True, "mlp_tile": 99, "attention_tile": 50},
+}
+
+
+@pytest.mark.parametrize("mesh", ["alone", "sp2-replicated", "dp2-sp2"])
+@pytest.mark.parametrize("name", LONGSEQ)
+def test_long_rows(ranks, mesh, name):
+    check(ranks, mesh, "dp", longseq=LONGSEQ[name], chunked=11)
+
+
+def test_checkpoints_of_several_blocks(ranks):
+    longseq = {"checkpoint": True, "every": 2, "mlp_tile": 6}
+    check(ranks, "sp2-replicated", "accumulate", longseq=longseq, num_hidden_layers=3)

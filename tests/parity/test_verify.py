@@ -49,7 +49,7 @@ def test_each_feature_and_all_pass_and_are_written(folder, tmp_path):
     certificate = verify(recipe_of(folder, {"sp": 2, "dp": 1}), seen.append)
     certificate.save(tmp_path)
     assert certificate.is_passed, certificate.text()
-    assert seen == ["chunked head", "sequence over 2", "sharded weights", "all"]
+    assert seen == ["trainer's step", "sequence over 2", "sharded weights", "all"]
     stored = json.loads((tmp_path / "parity.json").read_text())
     assert stored["is_passed"] and len(stored["checks"]) == 4
     assert stored["dtype"] == "float64" and stored["checks"][0]["errors"]["grad"] <= 1e-10
@@ -75,7 +75,7 @@ def test_a_difference_fails_and_is_named(folder, monkeypatch):
     certificate = verify(recipe_of(folder, {}))
     assert not certificate.is_passed
     assert "FAILED" in certificate.text()
-    with pytest.raises(TrainError, match="chunked head, all"):
+    with pytest.raises(TrainError, match="trainer's step, all"):
         certificate.require()
 
 
@@ -111,7 +111,11 @@ def test_a_feature_that_cannot_run_is_a_failed_check(folder):
 
 def test_an_adapter_is_compared_with_plain_training_of_the_adapter(folder):
     recipe = recipe_of(folder, {"sp": 2})
-    adapted = recipe.model_copy(update={"adapter": AdapterConfig(rank=4, dropout=0.1, layers=(2,))})
+    adapter = AdapterConfig(rank=4, dropout=0.1, layers=(2,))
+    long = recipe.longseq.model_copy(update={"checkpoint": True, "mlp_tile": 9})
+    adapted = recipe.model_copy(update={"adapter": adapter, "longseq": long})
     certificate = verify(adapted)
     assert certificate.is_passed, certificate.text()
+    names = [check.feature for check in certificate.checks]
+    assert "long rows" in names
     assert "parts" in certificate.checks[0].errors.worst_grad  # adapters alone have gradients

@@ -36,7 +36,7 @@ from sterna.train.resume import find_source
 from sterna.train.routines import Checkpoints, Evaluation
 from sterna.train.schedule import horizon
 from sterna.train.sft import Sft
-from sterna.train.spread import spread
+from sterna.train.spread import spread, use_longseq
 from sterna.train.step import TrainStep
 from sterna.train.task import Task
 from sterna.train.trackers import MLflow, TensorBoard, Wandb, has_tensorboard
@@ -68,6 +68,7 @@ def build(
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     shards = spread(model, recipe.parallel, mesh)
+    use_longseq(model, recipe, shards.size > 1)
     weights = trained(model)
     return Trainer(
         Parts(
@@ -105,7 +106,7 @@ def _new_step(
     alpha, noise = recipe.model.neftune_alpha, None
     if alpha:
         noise = Neftune(embedding_of(model), alpha, recipe.run.seed, mesh.rank)
-    return TrainStep(model, mesh, recipe.run.micro_rows, task.loss(), noise, is_sharded)
+    return TrainStep(model, mesh, recipe.run.micro_rows, task.loss(recipe), noise, is_sharded)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sterna.data.config import DataConfig
 from sterna.parallel.config import ParallelConfig
 from sterna.train.adapter_config import AdapterConfig
+from sterna.train.longseq.config import LongseqSection
 
 Kind = Literal["sft", "pretrain", "distill"]
 
@@ -188,6 +189,9 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     adapter: AdapterConfig | None = Field(
         default=None, description="train a low-rank adapter, not the weights"
+    )
+    longseq: LongseqSection = Field(
+        default_factory=lambda: LongseqSection.model_validate({}), description="see its keys"
     )
     parallel: ParallelConfig = Field(
         default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"

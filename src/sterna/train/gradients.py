@@ -35,7 +35,7 @@ class Gradients:
         if not self._is_summed:
             return
         for weight in self._weights:
-            if weight.grad is None or weight.dtype == torch.float32:
+            if weight.grad is None or not self._has_sum(weight):
                 continue
             grad = local(weight.grad)
             total = self._sums.get(weight)
@@ -76,4 +76,4 @@ class Gradients:
         return total
 
     def _has_sum(self, weight: nn.Parameter) -> bool:
-        return self._is_summed and weight.dtype != torch.float32
+        return self._is_summed and weight.dtype.itemsize < 4  # float32, float64 sum themselves

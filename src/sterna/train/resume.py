@@ -25,6 +25,7 @@ FREE = (
     "checkpoint.*",
     "eval.*",
     "data.prefetch",
+    "longseq.folder",
     "model.path",  # the weights come from the checkpoint; but an adapter's base does not
     "parallel.timeout_s",
 )

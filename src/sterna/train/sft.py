@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -36,9 +37,9 @@ class Sft:
             return load_hf(path, recipe.model.dtype, mesh.device)
         return load_model(path, recipe.model.dtype, mesh.device).decoder
 
-    def loss(self) -> Loss:
+    def loss(self, recipe: Recipe) -> Loss:
         """Next-token cross entropy."""
-        return cross_entropy
+        return partial(cross_entropy, chunk_rows=recipe.longseq.head_rows or None)
 
     def weights(self, model: nn.Module) -> Weights:
         """The Hugging Face folder of the model."""

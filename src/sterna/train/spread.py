@@ -1,13 +1,18 @@
-"""One model over the ranks of a mesh: attention over sp, weights over dp x sp."""
+"""One model on its machines: attention spread over sp, weights over dp x sp, rows that are long."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sterna.core.errors import ConfigError
+from sterna.model.decoder import Decoder
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import shard_model
 from sterna.parallel.mesh import Axis, Mesh
 from sterna.parallel.ulysses import plan_attention
+from sterna.train.config import Recipe
+from sterna.train.longseq.apply import apply_longseq
+from sterna.train.longseq.config import LongseqSection
 
 
 def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
@@ -23,3 +28,20 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
         return Axis("whole")
     shard_model(model, list(model.layers), mesh)
     return mesh.data
+
+
+def use_longseq(model: Any, recipe: Recipe, is_sharded: bool) -> None:
+    """Switch on the recipe's checkpoints and tiles.
+
+    ConfigError for a model behind transformers, or for what FSDP2 does not allow.
+    """
+    settings = recipe.longseq
+    if settings == LongseqSection.model_validate({"head_rows": settings.head_rows}):
+        return
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            "[longseq] checkpoints and tiles are those of native models; this one runs behind "
+            "transformers. Leave them out, or choose a model of a native family",
+            param="longseq",
+        )
+    apply_longseq(model, settings, recipe.run.output, is_sharded)

@@ -54,14 +54,20 @@ class TrainModel(Protocol):
 Loss = Callable[[Any, Batch, Tensor], Tensor]
 
 
-def cross_entropy(model: TrainModel, batch: Batch, targets: Tensor) -> Tensor:
-    """Next-token cross entropy, summed over valid targets; logits exist a chunk at a time."""
+def cross_entropy(
+    model: TrainModel, batch: Batch, targets: Tensor, *, chunk_rows: int | None = None
+) -> Tensor:
+    """Next-token cross entropy, summed over valid targets.
+
+    Logits exist for `chunk_rows` rows at a time, None = as many as the head's byte limit allows.
+    """
     return chunked_cross_entropy(
         model.hidden(batch),
         model.head_weight(),
         targets,
         softcap=float(getattr(model.config, "logits_softcap", 0.0)),
         bias=model.head_bias(),
+        chunk_rows=chunk_rows,
     )
 
 

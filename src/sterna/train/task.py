@@ -39,7 +39,7 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self) -> Loss:
+    def loss(self, recipe: Recipe) -> Loss:
         """The sum of a micro-batch's losses over its valid targets."""
         ...
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sterna.data.pack import PackedRow
 from sterna.model.batch import Batch
 from sterna.parallel.collectives import total
 from sterna.parallel.config import ParallelConfig
@@ -27,8 +28,11 @@ from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.parallel.shard_rows import IGNORE, shard_batch
 from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
+from sterna.train.longseq.apply import apply_longseq
+from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.spread import spread
+from sterna.train.step import TrainStep
 from sterna.train.trialmodel import TrialModel, make_model
 
 # AdamW divides by the gradient's own size, so with the usual eps of 1e-8 a weight whose gradient is
@@ -57,7 +61,9 @@ class Trial:
     model: TrialModel
     dtype: str = "float64"
     parallel: dict[str, Any] = field(default_factory=dict)
-    chunked_head: int | None = None  # rows of logits at a time; None = whole logits
+    chunked_head: int | None = None  # the trainer's step, with that many rows of logits at once;
+    # None = whole logits, in the plain loop below
+    longseq: dict[str, Any] = field(default_factory=dict)  # LongseqSection
     steps: int = 3
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
     adapter: dict[str, Any] | None = None  # AdapterConfig; trained instead of the weights
@@ -95,16 +101,15 @@ def run_trial(trial: Trial) -> Result | None:
     """Run on this rank; the result on the first rank, None on others."""
     mesh = open_mesh(ParallelConfig(**trial.parallel))
     model, is_cut = build_model(trial, mesh)
-    loss_of = _loss_of(trial)
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in weights], lr=LR, betas=BETAS, eps=EPS)
     vocab = int(model.config.vocab_size)
     rows = [r for i, r in enumerate(make_rows(trial, vocab)) if i % mesh.dp.size == mesh.dp.rank]
-    eval_loss = _evaluate(model, loss_of, rows, mesh)
+    eval_loss, gradients = _procedures(trial, model, rows, mesh, is_cut)
     first: tuple[float, dict[str, Tensor]] | None = None
     for _ in range(trial.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(model, loss_of, rows, mesh, is_cut)
+        loss = gradients()
         if first is None:
             first = loss, _whole({n: p.grad for n, p in weights if p.grad is not None})
         _clip([p for _, p in weights], mesh, is_cut)
@@ -141,7 +146,10 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     if trial.adapter is not None:
         add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
         _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
-    return model, spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    is_cut = spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    if trial.longseq:
+        apply_longseq(model, LongseqSection(**trial.longseq), is_sharded=is_cut)
+    return model, is_cut
 
 
 def _fill_zeros(model: nn.Module, seed: int) -> None:
@@ -173,10 +181,24 @@ def _make_row(row: Row, vocab: int, generator: torch.Generator) -> tuple[Batch, 
     return Batch(tokens.int(), positions.int(), starts.int(), lens.int()), targets
 
 
-def _loss_of(trial: Trial) -> LossOf:
+def _procedures(
+    trial: Trial, model: Any, rows: list[tuple[Batch, Tensor]], mesh: Mesh, is_cut: bool
+) -> tuple[float, Callable[[], float]]:
+    """The eval loss, and what computes a step's gradients and returns its loss."""
     if trial.chunked_head is None:
-        return whole_loss
-    return partial(_chunked_loss, chunk_rows=trial.chunked_head)
+        eval_loss = _evaluate(model, whole_loss, rows, mesh)
+        return eval_loss, partial(accumulate, model, whole_loss, rows, mesh, is_cut)
+    loss_of = partial(_chunked_loss, chunk_rows=trial.chunked_head)
+    step = TrainStep(model, mesh, loss=loss_of, is_sharded=is_cut)
+    packed = [_packed(*row) for row in rows]
+    loss, count = step.evaluate(packed)
+    return loss / count, lambda: step.run(packed).loss
+
+
+def _packed(batch: Batch, targets: Tensor) -> PackedRow:
+    ints = (batch.tokens, targets.int(), batch.positions, batch.query_starts)
+    tokens, shifted, positions, starts = (x.numpy() for x in ints)
+    return PackedRow(tokens, shifted, positions, starts, (0,) * (len(starts) - 1))
 
 
 def _chunked_loss(model: Any, batch: Batch, targets: Tensor, chunk_rows: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 The user's model, cut to its first layers and tokens, takes three clipped AdamW steps on a few short
 packed rows (uneven lengths, positions without target): plainly, then with each feature of the
-recipe alone, then with all together, on ranks of this machine. Loss, evaluation, every gradient and
-every weight afterwards have to agree to rounding. Native models run in float64, so that a pass
-proves the algebra and not the luck of a tolerance; models behind transformers in float32, since
-their code rounds there.
+recipe alone, then with all together, on ranks of this machine. The trainer's step (chunked head,
+counts, accumulation) is one of them; the optimizer is PyTorch's AdamW throughout. Loss, evaluation,
+every gradient and every weight afterwards have to agree to rounding. Native models run in float64,
+so that a pass proves the algebra and not the luck of a tolerance; models behind transformers in
+float32, since their code rounds there.
 
 The certificate speaks of these computations alone: not of bfloat16, of the kernels of a device
 (tests/parity holds these to their references), or of sizes beyond those of the trial.
@@ -171,6 +172,11 @@ def _plain(recipe: Recipe) -> Trial:
         num_layers=NUM_LAYERS,
         vocab_size=VOCAB_SIZE,
     )
+    longseq = recipe.longseq.model_dump(exclude={"head_rows"}, exclude_defaults=True)
+    if is_hf and (recipe.adapter is not None or longseq):
+        raise ConfigError(
+            "[adapter] and [longseq] need a native family; this model runs behind transformers"
+        )
     adapter = None if recipe.adapter is None else recipe.adapter.model_dump()
     if adapter is not None:
         adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
@@ -185,7 +191,12 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     sp, dp = _shrunk(config, notes)
     cut = "none" if config.shard == "none" else "full"
     inner = {"ulysses": config.ulysses} if config.ulysses else {}
-    yield "chunked head", dataclasses.replace(plain, chunked_head=7), 1
+    yield "trainer's step", dataclasses.replace(plain, chunked_head=7), 1
+    long = recipe.longseq.model_dump(exclude={"head_rows", "folder"}, exclude_defaults=True)
+    if long.pop("tier", "memory") != "memory":
+        notes.append("note: checkpoints were kept in memory, whatever longseq.tier says")
+    if long:
+        yield "long rows", dataclasses.replace(plain, longseq=long), 1
     if sp > 1:
         alone = {"sp": sp, "shard": "none", **inner}
         yield f"sequence over {sp}", dataclasses.replace(plain, parallel=alone), sp
@@ -196,7 +207,8 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
         alone = {"dp": max(2, dp), "shard": "full"}
         yield "sharded weights", dataclasses.replace(plain, parallel=alone), max(2, dp)
     together = {"dp": dp, "sp": sp, "shard": cut, **inner}
-    yield "all", dataclasses.replace(plain, parallel=together, chunked_head=7), dp * sp
+    everything = dataclasses.replace(plain, parallel=together, chunked_head=7, longseq=long)
+    yield "all", everything, dp * sp
 
 
 def _shrunk(config: ParallelConfig, notes: list[str]) -> tuple[int, int]:

@@ -272,3 +272,28 @@ def test_averaged_weights_are_evaluated_and_exported(tiny, tmp_path):
     assert not same(result.model, result.checkpoint)
     config = json.loads((result.model / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    "longseq",
+    [
+        {"head_rows": 7},
+        {"checkpoint": True, "mlp_tile": 40, "attention_tile": 33},
+        {"checkpoint": True, "every": 2, "tier": "disk"},
+    ],
+    ids=["head", "tiles", "disk"],
+)
+def test_long_row_settings_change_memory_not_the_run(tiny, tmp_path, longseq):
+    plain = train(tiny.recipe(tmp_path))
+    output = {"output": str(tmp_path / "long")}
+    result = train(tiny.recipe(tmp_path, longseq=longseq, run=output))
+    found, wanted = step_lines(result.output), step_lines(plain.output)
+    assert found[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=1e-6)
+    assert [x["loss"] for x in found] == pytest.approx([x["loss"] for x in wanted], rel=1e-4)
+    assert not list(tmp_path.glob("long/.activations*"))
+
+
+def test_long_rows_of_a_model_behind_transformers_are_refused(tiny, tmp_path):
+    settings = {"model": {"backend": "hf"}, "longseq": {"checkpoint": True}}
+    with pytest.raises(ConfigError, match="runs behind transformers"):
+        train(tiny.recipe(tmp_path, **settings))
