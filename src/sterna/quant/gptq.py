@@ -127,15 +127,18 @@ def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
 
 def _factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     """Upper Cholesky factor of the damped inverse, float32; formed in float64."""
-    h = hessian.double()
+    h = hessian.double()  # 1.6 GB for 14,336 inputs: each matrix goes as soon as it is used
     diagonal = h.diagonal()
     mean = diagonal.mean()
     # An input that is always zero: its weights do not matter and nothing may lean on them.
     diagonal.copy_(torch.where(diagonal > 0, diagonal, mean.clamp(min=1e-12)))
     diagonal.add_(damping * mean + 1e-12)
     lower, failed = torch.linalg.cholesky_ex(h)
+    del h, diagonal
     if not int(failed):
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not int(failed):
             factor: Tensor = upper.float()
             return factor
