@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-PEERS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_0")
+from peer import is_peer
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -17,7 +17,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, row in sorted(report["rows"].items(), key=lambda item: -item[1]["bits_per_weight"]):
         q = row["domains"]["all"]
         lines.append(_line([
-            f"llama.cpp {name}" if name.split("/")[0] in PEERS else name,
+            f"llama.cpp {name}" if is_peer(name.split("/")[0]) else name,
             f"{row['bits_per_weight']:.3f}", f"{q['kl']:.5f} ± {q['kl_se']:.5f}",
             f"{q['kl_p99']:.3f}", f"{q['top1']:.1%}",
             f"{q['ln_ratio']:+.4f} ± {q['ln_ratio_se']:.4f}",
@@ -61,4 +61,4 @@ def _series(rows: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     kinds = (("round to nearest", "o", "rtn"), ("GPTQ", "s", "gptq"))
     found = [(label, marker, {n: r for n, r in rows.items() if n.split("/")[1:] == [method]})
              for label, marker, method in kinds]  # fmt: skip
-    return [*found, ("llama.cpp", "^", {n: r for n, r in rows.items() if n in PEERS})]
+    return [*found, ("llama.cpp", "^", {n: r for n, r in rows.items() if is_peer(n)})]
