@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from peer import PEER_TYPES, is_peer, peer_files, scores_on_own_kernels, tensor_bytes
 from rich.progress import track
-from table import markdown, plot
+from table import markdown
 from torch import Tensor
 
 from sterna.core.rundir import write_atomic
@@ -209,14 +209,15 @@ def calibrated(
 
 
 def main() -> int:
-    """Make the rows asked for and write table and plot."""
+    """Make the rows asked for and write the table."""
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     subject = Subject(args.model, _named(args.text), args.windows, args.work)
     texts = _calibrations(args.calibration)
     hessians = calibrated(subject, texts, args.work)
-    first, _ = next(iter(texts.values()))
-    subject.budget_tokens = subject.tokenizer.encode(first.read_text()[: 8 * WINDOW * NUM_WINDOWS])
+    for first, _ in list(texts.values())[:1]:
+        text = first.read_text()[: 8 * WINDOW * NUM_WINDOWS]
+        subject.budget_tokens = subject.tokenizer.encode(text)
     name = f"quality-{args.name}-" if args.name else "quality-"
     path = args.out / f"{name}{datetime.now(UTC):%Y-%m-%d}.json"
     protocol = {
@@ -227,7 +228,6 @@ def main() -> int:
     for rows in _wanted(args.rows, subject, hessians, args):
         report = _merge(path, rows, protocol, args.work / "lock")
         write_atomic(path.with_suffix(".md"), markdown(report))
-        plot(report, args.plot)
         for name, row in rows.items():
             q = row["domains"]["all"]
             print(f"{name:28s} {row['bits_per_weight']:.3f} KL {q['kl']:.5f} top-1 {q['top1']:.2%}",
@@ -260,7 +260,7 @@ def _wanted(
             yield {name: quantised_row(subject, name, hessians)}
     peers = [name for name in names if is_peer(name)]
     if peers:
-        yield peer_rows(subject, args, peers, next(iter(hessians.values())))
+        yield peer_rows(subject, args, peers, next(iter(hessians.values()), {}))
 
 
 def _calibrations(entries: list[str]) -> dict[str, tuple[Path, int]]:
@@ -280,15 +280,12 @@ def _named(entries: list[str]) -> dict[str, Path]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--calibration", action="append", required=True, metavar="NAME=FILE[:TOKENS]"
-    )
+    parser.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE[:TOKENS]")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--rows", default="", help="comma-separated; empty makes all")
     parser.add_argument("--windows", type=int, default=8, help="windows of each text")
     parser.add_argument("--name", default="", help="of the subject, in the name of the file")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/img/quality.png"))
     parser.add_argument("--work", type=Path, default=Path("tmp/quality"))
     parser.add_argument("--llamacpp", type=Path, default=Path(".peers/llamacpp"))
     parser.add_argument("--metadata", type=Path, help="GGUF whose metadata MODEL shares")
