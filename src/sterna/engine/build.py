@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
