@@ -56,7 +56,8 @@ from sterna.quant.sensitivity import NUM_WINDOWS, row_sensitivities
 from sterna.text.tokenizer import load_tokenizer
 
 FORMATS = ("fp6", "fp6-e3m2", "fp6-g128", "fp6-mixed", "fp6-mixed-g128", "fp5", "int4", "int4-g128",
-           "int4-g32", "int5-g32", "int5-g64", "int6-g128", "int8")  # fmt: skip
+           "int4-g32", "int5-g32", "int5-g64", "int6-g128", "int8", "nf6", "nf6-g128", "nf5-g64",
+           "nf4-g32", "nf4-g128")  # fmt: skip
 WINDOW = 512
 CALIBRATION_TOKENS = 16_384
 CHARS_A_TOKEN = 6  # read of a calibration text; any text here has fewer

@@ -40,8 +40,8 @@ def main() -> int:
     for i, row in enumerate(packed(job)):
         started = time.perf_counter()
         loss = step.run([row], i)
-        norm = float(optimiser.square_sum() ** 0.5)
-        optimiser.step(i, job["lr"], min(1.0, 1.0 / max(norm, 1e-6)))
+        norm = float(step.gradients.square_sum() ** 0.5)
+        optimiser.step(step.gradients, i, job["lr"], min(1.0, 1.0 / max(norm, 1e-6)))
         seconds.append(time.perf_counter() - started)
         losses.append(loss.loss)
         tokens.append(loss.num_tokens)

@@ -122,6 +122,7 @@ def _cross_entropy(
             z.mul_(weights)
             z.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=z.dtype))
             grads.add(rows, part, head.uncap(z, kept))
+        del z  # or the next chunk's logits would lie beside these
     return total.to(grads.sum_dtype), grads.take()
 
 
@@ -172,6 +173,7 @@ def chunked_kl(
             part = hidden.detach().index_select(0, rows)
             taught = teacher.logits(teacher_hidden.detach().index_select(0, rows))
             total += _kl_chunk(student, part, taught, temperature, rows, grads, any(wants))
+            del taught
         return total.to(grads.sum_dtype), grads.take()
 
     return _sum_loss(hidden, weight, bias, work)
@@ -274,6 +276,7 @@ class _RowValues(torch.autograd.Function):
             kept = z.clone() if ctx.settings.softcap > 0 else None
             d = _row_gradient(z, wanted, d_logprobs[rows], d_entropy[rows])
             grads.add(rows, part, head.uncap(d, kept))
+            del z, d
         found = as_inputs(grads.take(), (hidden, weight, bias))
         return (*found, None, None)
 
@@ -303,6 +306,7 @@ def _row_values(
         shift, entropy = _shift_and_entropy(z)
         logprobs[rows] = (chosen - shift).to(dtype)
         entropies[rows] = entropy.to(dtype)
+        del z
     return logprobs, entropies
 
 
