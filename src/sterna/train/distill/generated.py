@@ -50,7 +50,8 @@ def with_generated(recipe: Recipe, generate: GenerateIds) -> Recipe:
 
 def _on_shards(recipe: Recipe, folder: Path) -> Recipe:
     def data(part: str, epochs: int) -> DataConfig:
-        source = SourceConfig(path=str(folder / part), kind="shards", epochs=epochs)
+        values = {"path": str(folder / part), "kind": "shards", "epochs": epochs}
+        source = SourceConfig.model_validate(values)
         changed = {"sources": (source,), "held_out": 0.0}
         return recipe.data.model_copy(update=changed)
 
