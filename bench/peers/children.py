@@ -26,6 +26,7 @@ class PeerSpec:
     name: str
     environment: str  # folder under .peers; "" = the one that runs this
     weights: str = ""  # a quantised format; "" = bfloat16
+    activations: str = ""  # "int8", or as the engine does
 
     @property
     def python(self) -> Path:
@@ -35,7 +36,7 @@ class PeerSpec:
     @property
     def script(self) -> Path:
         """Its adapter."""
-        name = self.name.removesuffix(f"-{self.weights}")
+        name = "sterna" if not self.environment else self.name.removesuffix(f"-{self.weights}")
         return HERE / f"peer_{name.replace('-', '_')}.py"
 
     @property
@@ -48,8 +49,10 @@ class PeerSpec:
         return default_gguf() if self.environment == "" else HF_FOLDER
 
     def command(self, threads: int) -> list[str]:
-        """Its adapter as a process; Sterna takes its weights' format as one more word."""
-        own = [self.weights] if self.weights and not self.environment else []
+        """Its adapter as a process; Sterna takes its formats as more words."""
+        own = (
+            [] if self.environment else [word for word in (self.weights, self.activations) if word]
+        )
         return [str(self.python), str(self.script), str(self.model), str(threads), *own]
 
     def server_command(self, port: int, threads: int) -> list[str] | None:
@@ -81,6 +84,7 @@ SPECS = {
         PeerSpec("vllm", "vllm"),
         PeerSpec("transformers", "transformers"),
         PeerSpec("sterna-fp6", "", "fp6"),
+        PeerSpec("sterna-w6a8", "", "fp6", "int8"),
         PeerSpec("llamacpp-q6_k", "llamacpp", "q6_k"),
         PeerSpec("llamacpp-q4_0", "llamacpp", "q4_0"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 
 from worker import MAX_CONTEXT, Peer, serve
 
@@ -15,8 +16,11 @@ class SternaPeer(Peer):
     """One engine with its defaults (budget measured at start)."""
 
     def __init__(self, model: str, threads: int) -> None:
-        weights = next((word for word in sys.argv[3:4] if not word.startswith("--")), "bf16")
-        config = EngineConfig(threads=threads, max_model_len=MAX_CONTEXT, weights=weights)
+        words = list(takewhile(lambda word: not word.startswith("--"), sys.argv[3:]))
+        weights, activations = (*words, *("bf16", "auto")[len(words) :])
+        config = EngineConfig(
+            threads=threads, max_model_len=MAX_CONTEXT, weights=weights, activations=activations
+        )
         # "" is the default model: its quantised copy is kept, as `sterna serve` keeps it.
         self._engine = build_engine(model if weights == "bf16" else "", config)
         self._count = 0

@@ -1,14 +1,16 @@
-"""A fine-tuned folder as a BF16 GGUF file: the metadata of the file it was made from, new weights.
+"""A trained folder as a BF16 GGUF file for llama.cpp.
 
     python bench/quality/to_gguf.py FOLDER OUT.gguf [--metadata MODEL.gguf]
 
-Needs the `gguf` package. Rows of q and k go back to llama.cpp's order of rotated pairs. Norms are
-float32, as llama.cpp's own converter writes them.
+The metadata are those of another file of the same sizes and tokenizer, or made of the folder's
+config.json and byte-level BPE. Needs the `gguf` package. Rows of q and k go back to llama.cpp's
+order of rotated pairs. Norms are float32, as llama.cpp's own converter writes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,21 @@ import torch
 from torch import Tensor
 
 from sterna.model.config import ModelConfig
-from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
-from sterna.model.weights import split_parts
+from sterna.model.load import load_config, load_model
+from sterna.model.weights import checkpoint_names, split_parts
 
 _SKIPPED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
-def write_gguf(folder: Path, out: Path, metadata: Path) -> None:
-    """Write `folder`'s weights to `out` with the key-value pairs of `metadata`."""
-    reader = gguf.GGUFReader(metadata)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(out, architecture)
-    for name, field in reader.fields.items():
-        if not name.startswith(_SKIPPED):
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, inner)
+def write_gguf(folder: Path, out: Path, metadata: Path | None = None) -> None:
+    """Write `folder`'s weights to `out` with the key-value pairs of `metadata`, or its own."""
+    if metadata is None:
+        writer = gguf.GGUFWriter(out, "llama")
+        _add_own_metadata(writer, folder)
+    else:
+        reader = gguf.GGUFReader(metadata)
+        writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+        _copy_metadata(writer, reader)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     for name, value in _tensors(folder):
         if value.dim() == 1:
@@ -46,6 +46,47 @@ def write_gguf(folder: Path, out: Path, metadata: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def gguf_names(own_name: str, config: ModelConfig) -> tuple[str, ...]:
+    """`layers.3.attn.qkv.weight` -> the names of its parts in the file."""
+    return checkpoint_names(own_name, config.family.gguf_names)
+
+
+def _copy_metadata(writer: Any, reader: Any) -> None:
+    for name, field in reader.fields.items():
+        if not name.startswith(_SKIPPED):
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, inner)
+
+
+def _add_own_metadata(writer: Any, folder: Path) -> None:
+    """Sizes from config.json; the BPE's pieces and merges, for files that are fed token ids."""
+    config = load_config(folder)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.ropes[0].theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    special = set(config.eos_token_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([
+        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+        for i in range(len(pieces))
+    ])  # fmt: skip
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge)
+                             for merge in model["merges"]])  # fmt: skip
+    writer.add_eos_token_id(min(special))
 
 
 def _tensors(folder: Path) -> list[tuple[str, Tensor]]:
@@ -77,7 +118,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--metadata", type=Path, default=None)
     args = parser.parse_args()
-    write_gguf(args.folder, args.out, args.metadata or Path(resolve_model("")))
+    write_gguf(args.folder, args.out, args.metadata)
     return 0
 
 

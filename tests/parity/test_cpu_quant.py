@@ -25,7 +25,7 @@ from sterna.kernels.cpu_backend import CpuBackend  # noqa: E402
 DTYPES = (torch.float32, torch.bfloat16)
 FORMATS = ["fp6", "fp6-e3m2", "fp6-mixed", "fp6-g128", "fp6-g64", "fp6-mixed-g32", "mxfp6", "fp5",
            "fp5-g32", "fp4", "int4-g32", "int4-g128", "mxfp4", "int5-g64", "int6", "int8",
-           "int8-g128", "fp8"]  # fmt: skip
+           "int8-g128", "fp8", "nf6", "nf6-g128", "nf5", "nf4-g32"]  # fmt: skip
 SHAPES = [(64, 48), (50, 33), (200, 40), (1096, 40)]
 
 
@@ -113,7 +113,8 @@ def test_logits_and_embed_share_a_table(backend, dtype, name):
 
 # e2m3 (one plane) with every kind of group, e3m2 and mixed rows (two planes), each other width
 INT8_FORMATS = ["fp6", "fp6-g128", "fp6-g32", "fp6-e3m2", "fp6-mixed", "fp6-mixed-g32", "fp5",
-                "mxfp4", "int4-g64", "int5", "int6-g32", "int8", "int8-g128"]  # fmt: skip
+                "mxfp4", "int4-g64", "int5", "int6-g32", "int8", "int8-g128",
+                "nf6", "nf6-g128", "nf5-g32", "nf4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

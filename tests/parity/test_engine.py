@@ -15,12 +15,15 @@ import pytest
 import torch
 import transformers as tf
 
+from sterna.engine.build import set_activations
 from sterna.engine.config import EngineConfig
 from sterna.engine.engine import Engine
 from sterna.engine.memory import EngineShape
 from sterna.engine.request import EngineRequest, FinishReason, SamplingParams
 from sterna.kernels.load import load_kernels
 from sterna.model.load import load_model
+from sterna.quant.linear import use_int8_activations
+from sterna.quant.load import load_quantized
 
 VOCAB = 160
 STEPS = 40
@@ -249,6 +252,46 @@ def test_a_quantised_cache_stays_close_to_a_plain_one(decoder, kind):
         (last,) = [output for _ in range(200) for output in engine.step()]
         scores[name] = torch.tensor([entry.logprob for entry in last.prompt_logprobs[1:]])
     error = (scores["auto"] - scores[kind]).abs()
+    assert error.max() > 0
+    assert error.mean() < 0.05
+
+
+@pytest.fixture(scope="module", params=["fp6", "nf6-g32"])
+def int8_decoder(request, folder):
+    decoder = load_quantized(folder, weights=request.param).decoder
+    use_int8_activations(decoder)
+    decoder.prepare_inference()
+    return decoder
+
+
+@pytest.mark.parametrize("settings", CROWDS.values(), ids=CROWDS.keys())
+def test_int8_activations_do_not_depend_on_the_surroundings(int8_decoder, settings):
+    """A row is rounded by itself and its sums are exact: captured, cut, crowded or preempted."""
+    is_exact(int8_decoder)
+    given = prompts(8, seed=5, shortest=60)
+    lone = alone(int8_decoder, given)
+    engine = new_engine(int8_decoder, **settings)
+    assert (engine.runner.captured is not None) == settings.get("capture", True)
+    for name in ("fresh", "cached"):
+        jobs = {f"{name} {i}": (p, greedy()) for i, p in enumerate(given)}
+        found, stats = run(engine, jobs)
+        assert [found[f"{name} {i}"][0] for i in range(len(given))] == lone
+        preempted = sum(step.num_preempted for step in stats)
+        assert (preempted > 0) == ("num_blocks" in settings)
+
+
+def test_int8_activations_change_the_outputs_and_not_by_much(folder):
+    prompt = prompts(1, seed=8, shortest=90)[0]
+    scores = {}
+    for activations in ("auto", "int8"):
+        decoder = load_quantized(folder, weights="int8").decoder
+        set_activations(decoder, EngineConfig(activations=activations))
+        engine = new_engine(decoder, token_budget=32)
+        params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0)
+        engine.add(EngineRequest(request_id="a", prompt_token_ids=prompt, params=params))
+        (last,) = [output for _ in range(200) for output in engine.step()]
+        scores[activations] = torch.tensor([e.logprob for e in last.prompt_logprobs[1:]])
+    error = (scores["auto"] - scores["int8"]).abs()
     assert error.max() > 0
     assert error.mean() < 0.05
 

@@ -11,10 +11,19 @@ import copy
 import pytest
 import torch
 
+from sterna.core.errors import ConfigError
+from sterna.kernels.quant_weight import int8_unit
 from sterna.model.config import parse_config
 from sterna.model.decoder import Decoder
+from sterna.quant.formats import FORMATS as FORMAT_TABLE
 from sterna.quant.formats import parse_format
-from sterna.quant.linear import quant_modules, replace_weight, weight_shapes
+from sterna.quant.linear import (
+    describe_weights,
+    quant_modules,
+    replace_weight,
+    use_int8_activations,
+    weight_shapes,
+)
 from sterna.quant.rtn import quantize_weight
 
 SIZES = {"vocab_size": 70, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,3 +88,36 @@ def test_gradients_reach_the_norms_but_no_quantised_weight(packed):
     decoder(packed([[1, 2, 3]])).logsumexp(dim=-1).sum().backward()
     assert {name for name, p in decoder.named_parameters() if p.grad is None} == set()
     assert all("norm" in name for name, _ in decoder.named_parameters())
+
+
+def test_int8_activations_are_refused_where_the_weights_do_not_allow_them(packed):
+    decoder = random_decoder("llama", torch.float32)
+    with pytest.raises(ConfigError, match="weights are plain"):
+        use_int8_activations(decoder)
+    eight, _ = quantised_and_dequantised(decoder, "fp8")
+    with pytest.raises(ConfigError, match=r"embed_tokens is stored in fp8"):
+        use_int8_activations(eight)
+    assert not any(module.int8_activations for _, module in quant_modules(eight))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_int8_activations_reach_every_quantised_weight(family, packed):
+    """Against the reference forward of the same modules; weights left plain stay plain."""
+    decoder, _ = quantised_and_dequantised(random_decoder(family, torch.float32), "int8")
+    batch = packed([[5, 6, 7, 8, 9], [1, 2, 69]])
+    with torch.no_grad():
+        plain = decoder(batch)
+        use_int8_activations(decoder)
+        rounded = decoder(batch)
+    assert "int8 activations (W8A8)" in describe_weights(decoder)
+    error = (rounded - plain).abs().max() / plain.abs().max()
+    assert 1e-5 < error < 0.1  # 127 steps a row, two layers; 0 would be a mode that is not on
+
+
+@pytest.mark.parametrize("name", [name for name in FORMAT_TABLE if name != "fp8"])
+def test_the_integer_unit_is_the_kernels(name):
+    table = parse_format(name).table()
+    unit = int8_unit(table)
+    assert bool((table / unit == (table / unit).round()).all())
+    cpu = pytest.importorskip("sterna.kernels._cpu")
+    assert unit == cpu.int8_unit(table.data_ptr(), table.numel())

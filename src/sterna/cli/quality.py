@@ -32,6 +32,7 @@ def quality(
     window: int = 512,
     max_windows: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    activations: Literal["auto", "int8"] = "auto",
     plot: Path | None = None,
     as_json: AsJson = False,
 ) -> int:
@@ -55,6 +56,8 @@ def quality(
         Windows of each text to read; 0 reads all.
     dtype
         Of the activations (and of plain weights).
+    activations
+        int8 runs the second model, a quantised one, as `serve --activations int8` does.
     plot
         Save KL and top-1 agreement by text as a picture.
     as_json
@@ -68,7 +71,13 @@ def quality(
             f"--window {window} (at least 4), --max-windows {max_windows} (0 or more)"
         )
     found = measure(
-        (first, second), _files(text, domain), window, max_windows, dtype, is_quiet=as_json
+        (first, second),
+        _files(text, domain),
+        window,
+        max_windows,
+        dtype,
+        int8_activations=activations == "int8",
+        is_quiet=as_json,
     )
     if as_json:
         rows = {name: asdict(row) for name, row in found.items()}

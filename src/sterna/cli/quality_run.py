@@ -23,9 +23,10 @@ def measure(
     max_windows: int,
     dtype: DTypeName,
     *,
+    int8_activations: bool = False,
     is_quiet: bool,
 ) -> dict[str, Quality]:
-    """One row a text, and "all" when there are several.
+    """One row a text, and "all" when there are several. int8_activations: of the second model.
 
     Raises ConfigError for an unreadable or too short text, ModelError for models of different
     vocabularies.
@@ -35,7 +36,7 @@ def measure(
         name: cut_windows(_tokens(paths, file), window, max_windows, str(file))
         for name, file in files.items()
     }
-    first, second = (load_scorer(path, dtype) for path in paths)
+    first, second = load_scorer(paths[0], dtype), load_scorer(paths[1], dtype, int8_activations)
     if first.vocab_size != second.vocab_size:
         raise ModelError(
             f"{models[0]} has {first.vocab_size} tokens, {models[1]} {second.vocab_size}; "

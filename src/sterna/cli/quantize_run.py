@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,7 +17,6 @@ from sterna.core.errors import QuantizeError
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import DTypeName
 from sterna.quant.awq import channel_scales
 from sterna.quant.budget import choose_formats, price_formats
 from sterna.quant.calibrate import input_mean_squares, random_mean_squares, random_tokens
@@ -26,6 +26,7 @@ from sterna.quant.load import load_quantized
 from sterna.quant.report import ModelReport, WeightReport
 from sterna.quant.sensitivity import row_sensitivities
 from sterna.quant.sources import open_source
+from sterna.quant.stream import OnLayer, StreamedDecoder
 from sterna.text.tokenizer import load_tokenizer
 
 _WORST = 12  # rows of the table; --json has them all
@@ -50,18 +51,15 @@ class QuantizeRun:
         tokens = self._tokens(text, num_tokens)
         decoder = self._decoder()
         with self._progress("calibrate") as bar:
-            task = bar.add_task("", total=None, name="")
-            squares = input_mean_squares(
-                decoder, tokens, str(text), lambda i, n: bar.update(task, completed=i, total=n)
-            )
+            squares = input_mean_squares(decoder, tokens, str(text), _advancer(bar))
         self._options = replace(self._options, importance=squares)
         self._seen = tokens
 
     def calibrate_at_random(self) -> None:
         """The same over random tokens."""
-        with self._console.status("calibrate"):
-            decoder = self._decoder()
-            squares = random_mean_squares(decoder)
+        decoder = self._decoder()
+        with self._progress("calibrate") as bar:
+            squares = random_mean_squares(decoder, _advancer(bar))
         self._options = replace(self._options, importance=squares)
         self._seen = random_tokens(decoder)
 
@@ -70,16 +68,12 @@ class QuantizeRun:
         options = self._options
         if not options.importance:
             raise QuantizeError("--bits needs calibration; leave out --calibrate none")
-        with self._console.status("measure sensitivities"):
-            sensitivity = row_sensitivities(self._decoder("float32"), self._seen)
         decoder = self._decoder()
+        with self._progress("measure sensitivities") as bar:
+            sensitivity = row_sensitivities(decoder, self._seen, _advancer(bar))
         with self._progress("price formats") as bar:
-            task = bar.add_task("", total=None, name="")
             prices = price_formats(
-                decoder,
-                options.importance,
-                sensitivity,
-                on_weight=lambda i, n: bar.update(task, completed=i, total=n),
+                decoder, options.importance, sensitivity, on_weight=_advancer(bar)
             )
         chosen = tuple(choose_formats(prices, decoder, bits).items())
         overrides = (*options.overrides, *chosen)
@@ -111,10 +105,12 @@ class QuantizeRun:
             raise QuantizeError(f"calibration text {text}: {error}; give a UTF-8 file") from error
         return load_tokenizer(self._source).encode(sample)[:num_tokens]
 
-    def _decoder(self, dtype: DTypeName = "bfloat16") -> Decoder:
-        """The source, its weights mapped and not packed: they need no memory of their own."""
+    def _decoder(self) -> Decoder:
+        """The source in bfloat16, not packed: a plain one block by block, at no time as a whole."""
         checkpoint = open_source(self._source)  # refuses what is quantised already
-        return load_quantized(checkpoint.path, dtype).decoder
+        if checkpoint.packed is not None:
+            return load_quantized(checkpoint.path).decoder
+        return StreamedDecoder(checkpoint, torch.bfloat16)
 
     def run(self) -> ModelReport | None:
         """Quantise; None when the folder is this command's result already."""
@@ -167,6 +163,11 @@ class QuantizeRun:
         columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         name = TextColumn("{task.fields[name]}")
         return Progress(*columns, name, console=self._console, transient=True)
+
+
+def _advancer(bar: Progress) -> OnLayer:
+    task = bar.add_task("", total=None, name="")
+    return lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def _badness(report: WeightReport) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
@@ -20,7 +21,7 @@ from sterna.model.decoder import Decoder
 from sterna.model.hub import DEFAULT_NAMES, resolve_model
 from sterna.model.load import DTypeName
 from sterna.quant.cache import DEFAULT_MODEL_WEIGHTS, cached_folder
-from sterna.quant.linear import describe_weights
+from sterna.quant.linear import describe_weights, use_int8_activations
 from sterna.quant.load import AUTO, PLAIN, load_quantized
 from sterna.text.tokenizer import load_tokenizer
 from sterna.version import __version__
@@ -70,9 +71,26 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
         decoder = load_quantized(kept, dtype, config.device, verify=False).decoder
     else:
         decoder = load_quantized(path, dtype, config.device, weights).decoder
+    set_activations(decoder, config)
     if line := describe_weights(decoder):
         log.info("%s", line)
     return decoder
+
+
+def set_activations(decoder: Decoder, config: EngineConfig) -> None:
+    """Switch the decoder to int8 activations if asked for.
+
+    ConfigError when the weights do not allow it, and for bf16 in a model that computes otherwise.
+    """
+    if config.activations == "int8":
+        use_int8_activations(decoder)
+    elif config.activations == "bf16" and decoder.dtype != torch.bfloat16:
+        computes = str(decoder.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"activations is bf16, the model computes in {computes}; set dtype to bfloat16, or "
+            "leave activations at auto",
+            param="activations",
+        )
 
 
 def tune_budget(engine: Engine, key: str) -> StepCurve:
@@ -100,6 +118,7 @@ def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> st
         f"{path.resolve()} {size}",
         dtype,
         f"weights={weights}",
+        f"activations={config.activations}",
         config.device,
         f"{torch.get_num_threads()} threads",
         load_kernels().level,

@@ -21,6 +21,11 @@ class EngineConfig(BaseModel):
         description="auto = as they are stored; bf16 = not quantised; or a format to round them to "
         "at load: fp6, fp6-g128, int4-g32, ... (`sterna quantize` does it once and better)",
     )
+    activations: Literal["auto", "bf16", "int8"] = Field(
+        "auto",
+        description="inputs of the quantised weights; auto = as the model computes; int8 rounds "
+        "each row (W6A8 with fp6): faster prompts, measurably other outputs",
+    )
     threads: int = Field(0, ge=0, description="kernel threads; 0 = all usable CPUs")
     max_model_len: int | None = Field(
         None, gt=0, description="longest prompt + completion; None = the model's own limit"

@@ -11,12 +11,21 @@ from sterna.core.errors import ConfigError
 from sterna.model.batch import Batch
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTypeName
+from sterna.quant.linear import use_int8_activations
 from sterna.quant.load import load_quantized
 
 
-def load_scorer(path: Path, dtype: DTypeName = "bfloat16") -> DecoderScorer:
-    """A plain folder, a GGUF file or a quantised folder; errors as `load_quantized`."""
-    return DecoderScorer(load_quantized(path, dtype).decoder)
+def load_scorer(
+    path: Path, dtype: DTypeName = "bfloat16", int8_activations: bool = False
+) -> DecoderScorer:
+    """A plain folder, a GGUF file or a quantised folder; errors as `load_quantized`.
+
+    int8_activations: score as `activations=int8` serves; ConfigError for plain or fp8 weights.
+    """
+    decoder = load_quantized(path, dtype).decoder
+    if int8_activations:
+        use_int8_activations(decoder)
+    return DecoderScorer(decoder)
 
 
 class DecoderScorer:

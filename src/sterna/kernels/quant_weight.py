@@ -86,6 +86,18 @@ def dequantize_tiles(
     return values * per_weight(scale_values(scales), group_size, in_features)
 
 
+def int8_unit(table: Tensor) -> float:
+    """What every value of `table` is a whole number of, for integer sums; 0 when there is none.
+
+    The largest power of two; none when a quotient needs more than two int8 planes, the second
+    of which holds 16ths (e4m3: 448 is 229,376 times its smallest value).
+    """
+    unit, largest = 1.0, float(table.abs().max())
+    while unit > 2.0**-20 and not bool((table / unit == (table / unit).floor()).all()):
+        unit /= 2
+    return unit if largest / unit < 127 * 16 else 0.0
+
+
 def drop_half_padding(rows: Tensor, out_features: int) -> Tensor:
     """[2 * R/2 * 16, ...] of a gated weight -> [2 * out_features, ...]."""
     gate, up = rows.chunk(2)

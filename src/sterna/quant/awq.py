@@ -23,6 +23,7 @@ from sterna.model.decoder import Decoder
 from sterna.model.layers import RMSNorm
 from sterna.quant.formats import WeightFormat
 from sterna.quant.rtn import quantize_weight
+from sterna.quant.stream import weight_of
 
 _ALPHAS = tuple(i / 8 for i in range(8))
 _LOWEST, _HIGHEST = 2.0**-6, 2.0**6  # of s: beyond, small channels would be lost in the row
@@ -58,13 +59,13 @@ def channel_scales(
             continue
         norm = decoder.get_submodule(norm_name)
         unit = float(isinstance(norm, RMSNorm) and norm.has_unit_offset)
-        plain = decoder.get_parameter(f"{name}.weight").detach().float()
-        gain = decoder.get_parameter(f"{norm_name}.weight").detach().float() + unit
+        plain = weight_of(decoder, f"{name}.weight").float()
+        gain = weight_of(decoder, f"{norm_name}.weight").float() + unit
         columns[name], folded = _search(plain, gain, unit, importance[name], fmt, is_gated)
         norms[f"{norm_name}.weight"] = folded
-        bias = dict(norm.named_parameters()).get("bias")
-        if bias is not None:
-            norms[f"{norm_name}.bias"] = bias.detach().float() / columns[name]
+        if "bias" in dict(norm.named_parameters()):
+            bias = weight_of(decoder, f"{norm_name}.bias").float()
+            norms[f"{norm_name}.bias"] = bias / columns[name]
     return ChannelScales(columns, norms)
 
 

@@ -21,7 +21,9 @@ from sterna.core.errors import QuantizeError
 from sterna.model.decoder import Decoder
 from sterna.quant.formats import WeightFormat, parse_format
 from sterna.quant.linear import weight_shapes
+from sterna.quant.report import row_errors
 from sterna.quant.rtn import quantize_weight
+from sterna.quant.stream import weight_of
 
 # From 4 to 8 bits, the better ones of each width.
 CANDIDATES = ("int4-g128", "int4-g32", "int5-g128", "int5-g64", "fp6", "fp6-g128", "int6-g64",
@@ -55,14 +57,13 @@ def price_formats(
     shapes = list(weight_shapes(decoder))
     found: list[Choice] = []
     for i, (name, *_, is_gated) in enumerate(shapes):
-        plain = decoder.get_parameter(f"{name}.weight").detach().float()
+        plain = weight_of(decoder, f"{name}.weight").float()
         h, f = importance.get(name), sensitivity.get(name)
         for fmt in formats:
             weight = quantize_weight(
                 plain, fmt, search="fast", importance=h, is_gated=is_gated, name=name
             )
-            squares = (weight.dequantize() - plain).square_()
-            by_row = squares.sum(dim=1) if h is None else squares @ h
+            by_row = row_errors(plain.chunk(1 + is_gated), weight, h)
             cost = by_row.sum() if f is None else by_row @ f
             found.append(Choice(name, fmt, weight.nbytes, float(cost) / 2))
         if on_weight is not None:

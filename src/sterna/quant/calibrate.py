@@ -21,6 +21,7 @@ from sterna.model.batch import Batch
 from sterna.model.decoder import Decoder
 from sterna.model.layers import GatedLinear, Linear
 from sterna.quant.linear import QuantGatedLinear, QuantLinear
+from sterna.quant.stream import OnLayer, block_of, hooked, walk_block
 
 MIN_TOKENS = 512
 WINDOW = 512  # tokens of a sequence, or the model's own limit
@@ -30,7 +31,7 @@ def input_mean_squares(
     decoder: Decoder,
     tokens: Sequence[int],
     source: str,
-    on_window: Callable[[int, int], None] | None = None,
+    on_layer: OnLayer | None = None,
 ) -> dict[str, Tensor]:
     """Module name -> float32 [in_features], the mean of x^2 over `tokens`.
 
@@ -42,24 +43,8 @@ def input_mean_squares(
             f"calibration text {source}: {len(tokens)} tokens, at least {MIN_TOKENS} are needed; "
             "some ten thousand of the kind of text the model will see are best"
         )
-    sums = _Sums()
-    handles = [
-        module.register_forward_pre_hook(sums.hook(name))
-        for name, module in decoder.named_modules()
-        if isinstance(module, Linear | GatedLinear | QuantLinear | QuantGatedLinear)
-    ]
-    head = "embed_tokens" if decoder.lm_head is None else "lm_head"
-    try:
-        batches = list(windows(tokens, min(WINDOW, decoder.config.num_positions)))
-        for i, batch in enumerate(batches):
-            with torch.inference_mode():
-                sums.add(head, decoder.hidden(batch))
-            if on_window is not None:
-                on_window(i + 1, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
-    means = sums.means()
+    batches = list(windows(tokens, min(WINDOW, decoder.config.num_positions)))
+    means = _walk(decoder, batches, on_layer).means()
     bad = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
     if bad:
         raise QuantizeError(
@@ -69,9 +54,26 @@ def input_mean_squares(
     return means
 
 
-def random_mean_squares(decoder: Decoder) -> dict[str, Tensor]:
+@torch.inference_mode()
+def _walk(decoder: Decoder, batches: list[Batch], on_layer: OnLayer | None) -> _Sums:
+    """All windows through one block after the other."""
+    sums, count = _Sums(), len(decoder.layers)
+    hidden = [decoder.embedded(batch) for batch in batches]
+    for i in range(count):
+        kinds = Linear | GatedLinear | QuantLinear | QuantGatedLinear
+        with block_of(decoder, i) as block, hooked(block, f"layers.{i}.", kinds, sums.hook):
+            walk_block(decoder, block, i, batches, hidden)
+        if on_layer is not None:
+            on_layer(i + 1, count)
+    head = "embed_tokens" if decoder.lm_head is None else "lm_head"
+    for h in hidden:
+        sums.add(head, decoder.norm(h))
+    return sums
+
+
+def random_mean_squares(decoder: Decoder, on_layer: OnLayer | None = None) -> dict[str, Tensor]:
     """`input_mean_squares` over MIN_TOKENS random tokens, always the same ones: needs no text."""
-    return input_mean_squares(decoder, random_tokens(decoder), "of random tokens")
+    return input_mean_squares(decoder, random_tokens(decoder), "of random tokens", on_layer)
 
 
 def random_tokens(decoder: Decoder) -> list[int]:

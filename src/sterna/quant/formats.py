@@ -37,12 +37,13 @@ _BIAS_F32 = 127
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What one code means. exponent_bits 0 = two's complement integer."""
+    """What one code means. levels: the magnitudes by index; else exponent_bits 0 = integer."""
 
     name: str
     exponent_bits: int
     mantissa_bits: int
     max_value: float
+    levels: tuple[float, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -55,6 +56,11 @@ class Element:
         return tuple(self._value(code) for code in range(1 << self.bits))
 
     @property
+    def has_zero(self) -> bool:
+        """Whether zero is a value. Without, groups of zeros are stored with a scale of zero."""
+        return not self.levels or self.levels[0] == 0
+
+    @property
     def bias(self) -> int:
         """What the exponent field is too high by."""
         return (1 << (self.exponent_bits - 1)) - 1
@@ -62,6 +68,8 @@ class Element:
     def _value(self, code: int) -> float:
         sign_bit = 1 << (self.bits - 1)
         body = code & (sign_bit - 1)
+        if self.levels:
+            return -self.levels[body] if code & sign_bit else self.levels[body]
         if not self.exponent_bits:
             return float(body - (code & sign_bit))
         exponent, mantissa = divmod(body, 1 << self.mantissa_bits)
@@ -79,12 +87,28 @@ def _integer(bits: int) -> Element:
     return Element(f"int{bits}", 0, bits - 1, float((1 << (bits - 1)) - 1))
 
 
+def _levels(*magnitudes: int) -> Element:
+    bits = len(magnitudes).bit_length()  # of the index, and a sign
+    return Element(f"nf{bits}", 0, bits - 1, float(magnitudes[-1]), tuple(map(float, magnitudes)))
+
+
+# Levels of least expected squared error for normal weights in groups of 128 under the scale that
+# the search picks: Lloyd's iteration (1957) over many groups, scales searched anew in each round,
+# in 127ths so that a value is one byte. Zero is not among them: a symmetric table that holds it
+# loses a level, 0.15 dB of 33.1 with 6 bits, 0.3 of 27.2 with 5 and 0.6 with 4.
+_NORMAL = (
+    _levels(2, 5, 8, 11, 14, 17, 20, 23, 27, 30, 33, 36, 39, 43, 46, 49, 52, 56, 59, 63, 67, 70, 74,
+            78, 83, 87, 92, 97, 103, 110, 118, 127),
+    _levels(3, 8, 14, 20, 25, 31, 38, 44, 51, 58, 66, 74, 83, 94, 108, 127),
+    _levels(6, 18, 30, 43, 58, 74, 96, 127),
+)  # fmt: skip
+
 ELEMENTS: Mapping[str, Element] = MappingProxyType(
     {
         element.name: element
         for element in (
             _float(2, 3, 7.5), _float(3, 2, 28.0), _float(2, 2, 7.0), _float(2, 1, 6.0),
-            _float(4, 3, 448.0), _integer(4), _integer(5), _integer(6), _integer(8),
+            _float(4, 3, 448.0), _integer(4), _integer(5), _integer(6), _integer(8), *_NORMAL,
         )
     }
 )  # fmt: skip
@@ -144,6 +168,9 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
             _format("int5", "int5"),
             _format("int6", "int6"),
             _format("int8", "int8"),
+            _format("nf6", "nf6"),
+            _format("nf5", "nf5"),
+            _format("nf4", "nf4"),
             _format("mxfp4", "e2m1", group=32, scale="e8m0"),
             _format("mxfp6", "e2m3", group=32, scale="e8m0"),
             _format("mxfp6-e3m2", "e3m2", group=32, scale="e8m0"),
@@ -166,6 +193,12 @@ def parse_format(name: str, scale: ScaleKind | None = None) -> WeightFormat:
     if match:
         fmt = _grouped(fmt, name, int(match["size"]))
     if scale is not None and fmt.scale != scale:
+        if scale == "e8m0" and not all(element.has_zero for element in fmt.elements):
+            raise ConfigError(
+                f"format {name!r} with e8m0 scales: neither has a zero for groups of zeros; use "
+                "float16 or float32 scales",
+                param="scale",
+            )
         fmt = replace(fmt, scale=scale)
     return fmt
 
@@ -191,6 +224,9 @@ def encode(x: Tensor, element: Element) -> Tensor:
 
     NaN has no code; callers refuse it before.
     """
+    if element.levels:
+        index = _nearest_level(x.abs(), element).to(torch.uint8)
+        return index.bitwise_or_(x.signbit().to(torch.uint8) << (element.bits - 1))
     if not element.exponent_bits:
         limit = element.max_value
         return x.round().clamp_(-limit, limit).to(torch.int8).view(torch.uint8) & (
@@ -215,6 +251,11 @@ def round_to_grid(x: Tensor, element: Element) -> Tensor:
 
 def round_to_grid_(x: Tensor, scratch: Tensor, element: Element) -> Tensor:
     """`round_to_grid` in place; `scratch` of x's shape is written over."""
+    if element.levels:
+        torch.abs(x, out=scratch)
+        return torch.copysign(
+            _magnitudes(element).to(x.device)[_nearest_level(scratch, element)], x, out=x
+        )
     x.clamp_(-element.max_value, element.max_value)
     if not element.exponent_bits:
         return x.round_()
@@ -223,6 +264,26 @@ def round_to_grid_(x: Tensor, scratch: Tensor, element: Element) -> Tensor:
     _to_binades_(scratch.view(torch.int32), element)
     scratch.mul_(1.5 * 2.0 ** (_MANTISSA_F32 - element.mantissa_bits))
     return x.add_(scratch).sub_(scratch)
+
+
+def _nearest_level(magnitude: Tensor, element: Element) -> Tensor:
+    """Indices int32 of the nearest levels, ties to the even one."""
+    bounds = _boundaries(element).to(magnitude.device)
+    return torch.bucketize(magnitude, bounds, out_int32=True)
+
+
+@cache
+def _magnitudes(element: Element) -> Tensor:
+    return torch.tensor(element.levels, dtype=torch.float32)
+
+
+@cache
+def _boundaries(element: Element) -> Tensor:
+    """The largest magnitude of each level but the last: a tie is below when the index is even."""
+    levels = _magnitudes(element)
+    middle = (levels[1:] + levels[:-1]) / 2  # exact: halves of small whole numbers
+    below = torch.nextafter(middle, torch.zeros(()))
+    return torch.where(torch.arange(len(middle)) % 2 == 0, middle, below)
 
 
 def decode(codes: Tensor, element: Element) -> Tensor:

@@ -20,6 +20,7 @@ from sterna.core.errors import QuantizeError
 from sterna.model.decoder import Decoder
 from sterna.model.layers import GatedLinear, Linear
 from sterna.quant.calibrate import WINDOW, windows
+from sterna.quant.stream import block_of, hooked, walk_block
 
 # Fewer tokens than inputs leave directions in which a weight may move at no cost that the text
 # can see: int4 fitted to 512 tokens of a 576-wide model was worse than rounding elsewhere.
@@ -74,34 +75,23 @@ class Hessians:
         self._hidden: list[Tensor] = []
         self._found: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _advance(self) -> None:
         """Walk the hidden states through the next block, or through the last norm."""
-        decoder = self._decoder
-        if self._next_layer == 0:
+        decoder, i = self._decoder, self._next_layer
+        if i == 0:
             self._hidden = [decoder.embedded(batch) for batch in self._batches]
+        self._found = {}  # freed before the next ones come
         sums = _Sums()
-        if self._next_layer == len(decoder.layers):
+        if i == len(decoder.layers):
             for hidden in self._hidden:
                 sums.add(self._head, decoder.norm(hidden))
         else:
-            self._walk(self._next_layer, sums)
+            kinds = Linear | GatedLinear
+            with block_of(decoder, i) as block, hooked(block, f"layers.{i}.", kinds, sums.hook):
+                walk_block(decoder, block, i, self._batches, self._hidden)
         self._next_layer += 1
         self._found = sums.means(self._source)
-
-    def _walk(self, layer_idx: int, sums: _Sums) -> None:
-        block = self._decoder.layers[layer_idx]
-        handles = [
-            module.register_forward_pre_hook(sums.hook(f"layers.{layer_idx}.{name}"))
-            for name, module in self._linears(block)
-        ]
-        table = self._decoder.rope_of(layer_idx)
-        try:
-            for i, batch in enumerate(self._batches):
-                self._hidden[i] = block(self._hidden[i], batch, table, None)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _Sums:
@@ -122,11 +112,11 @@ class _Sums:
         return lambda module, args: self.add(name, args[0])
 
     def means(self, source: str) -> dict[str, Tensor]:
-        found = {name: total / self._count[name] for name, total in self._sums.items()}
-        for name, mean in found.items():
+        for name, total in self._sums.items():
+            mean = total.div_(self._count[name])
             if not bool(torch.isfinite(mean.diagonal()).all()):
                 raise QuantizeError(
                     f"calibration text {source}: the inputs of {name} are not finite; the model "
                     "itself fails on this text"
                 )
-        return {name: mean.clone() for name, mean in found.items()}
+        return self._sums

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from sterna.core.errors import ConfigError
 from sterna.kernels import ops
-from sterna.kernels.quant_weight import FlatWeight, QuantWeight
+from sterna.kernels.quant_weight import FlatWeight, QuantWeight, int8_unit
 from sterna.model.decoder import Decoder
 from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear
@@ -36,6 +37,7 @@ class QuantModule(nn.Module):
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.is_gated = weight.is_gated
+        self.int8_activations = False  # set_activations() switches it
 
     @property
     def quant_weight(self) -> QuantWeight:
@@ -68,7 +70,9 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N]; `residual` [T, N] is added before the rounding."""
-        return ops.quant_linear(x, *self._flat(), self.bias, residual, self.out_features)
+        return ops.quant_linear(
+            x, *self._flat(), self.bias, residual, self.out_features, self.int8_activations
+        )
 
 
 class QuantGatedLinear(QuantModule):
@@ -80,7 +84,9 @@ class QuantGatedLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, I]."""
-        return ops.quant_gated_linear(x, *self._flat(), self.activation, self.out_features)
+        return ops.quant_gated_linear(
+            x, *self._flat(), self.activation, self.out_features, self.int8_activations
+        )
 
 
 class QuantLMHead(QuantModule):
@@ -88,7 +94,9 @@ class QuantLMHead(QuantModule):
 
     def logits(self, hidden: Tensor, softcap: float) -> Tensor:
         """hidden [R, D] -> float32 logits [R, V]."""
-        return ops.quant_logits(hidden, *self._flat(), self.out_features, softcap)
+        return ops.quant_logits(
+            hidden, *self._flat(), self.out_features, softcap, 1.0, self.int8_activations
+        )
 
 
 class QuantEmbedding(QuantLMHead):
@@ -123,6 +131,35 @@ def _quantised(old: nn.Module, weight: QuantWeight, dtype: torch.dtype) -> Quant
         return QuantEmbedding(weight, old.scale, dtype)
     assert isinstance(old, LMHead), type(old)
     return QuantLMHead(weight)
+
+
+def use_int8_activations(decoder: Decoder) -> None:
+    """Let every quantised weight round the rows of its input to int8 (W6A8 with six bits).
+
+    Plain weights beside quantised ones go on as they are. Raises ConfigError when there is no
+    quantised weight, one is of fp8 (no integers), or the decoder is not on a CPU.
+    """
+    modules = list(quant_modules(decoder))
+    if not modules:
+        raise ConfigError(
+            "activations is int8, but the weights are plain; int8 needs quantised ones: add "
+            "weights=fp6 (or another format but fp8), or leave activations at auto",
+            param="activations",
+        )
+    if decoder.device.type != "cpu":
+        raise ConfigError(
+            f"activations is int8, the device {decoder.device}; int8 activations run on the CPU",
+            param="activations",
+        )
+    for name, module in modules:
+        if int8_unit(module.table) == 0.0:
+            raise ConfigError(
+                f"activations is int8, but {name} is stored in fp8, whose values are no small "
+                "whole numbers; quantise it to another format, or leave activations at auto",
+                param="activations",
+            )
+    for _, module in modules:
+        module.int8_activations = True
 
 
 def dequantize_decoder(decoder: Decoder, names: Collection[str] | None = None) -> None:
@@ -164,13 +201,15 @@ def quant_modules(decoder: Decoder) -> Iterator[tuple[str, QuantModule]]:
 
 def describe_weights(decoder: Decoder) -> str:
     """One line for the log: how many weights are quantised and what they take; "" when none is."""
-    weights = [module.quant_weight for _, module in quant_modules(decoder)]
+    modules = [module for _, module in quant_modules(decoder)]
+    weights = [module.quant_weight for module in modules]
     if not weights:
         return ""
     count = sum(w.out_features * (1 + w.is_gated) * w.in_features for w in weights)
     num_bytes = sum(w.nbytes for w in weights)
     widths = "/".join(str(bits) for bits in sorted({w.bits for w in weights}))
+    inputs = f", int8 activations (W{widths}A8)" if modules[0].int8_activations else ""
     return (
         f"{len(weights)} weights quantised to {widths} bits, {8 * num_bytes / count:.2f} a weight "
-        f"with scales, {num_bytes / 1e6:,.0f} MB"
+        f"with scales, {num_bytes / 1e6:,.0f} MB{inputs}"
     )

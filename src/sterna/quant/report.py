@@ -70,12 +70,7 @@ def weight_report(
 
     importance: mean squares of the inputs [K], or their Hessian [K, K].
     """
-    halves = _halves(quantised) if quantised.is_gated else [quantised]
-    runs = [
-        (half, weight, first)
-        for half, weight in zip(halves, plain, strict=True)
-        for first in range(0, half.tiles.shape[0], _RUN_BLOCKS)
-    ]
+    runs = _runs(plain, quantised)
     h = torch.ones(quantised.in_features) if importance is None else importance
     sums = torch.stack(map_runs(lambda run: _square_sums(*run, h), runs)).sum(dim=0)
     errors = [float((sums[i] / sums[i + 1]).sqrt()) if sums[i + 1] > 0 else 0.0 for i in (0, 2)]
@@ -90,10 +85,41 @@ def weight_report(
     )
 
 
+def row_errors(
+    plain: Sequence[Tensor], quantised: QuantWeight, importance: Tensor | None
+) -> Tensor:
+    """float32 [N]: every row's squared error, times importance [K] if given; decoded in runs."""
+
+    def errors(run: _Run) -> Tensor:
+        miss, _ = _miss(*run)
+        squares = miss.square_()
+        return squares.sum(dim=1) if importance is None else squares @ importance
+
+    return torch.cat(map_runs(errors, _runs(plain, quantised)))
+
+
+_Run = tuple[QuantWeight, Tensor, int]
+
+
+def _runs(plain: Sequence[Tensor], quantised: QuantWeight) -> list[_Run]:
+    """(half, plain half, first row block), in the order of the rows."""
+    halves = _halves(quantised) if quantised.is_gated else [quantised]
+    return [
+        (half, weight, first)
+        for half, weight in zip(halves, plain, strict=True)
+        for first in range(0, half.tiles.shape[0], _RUN_BLOCKS)
+    ]
+
+
+def _miss(half: QuantWeight, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """(q - w, w) of a run of row blocks."""
+    w = weight[first * TILE_ROWS : (first + _RUN_BLOCKS) * TILE_ROWS].float()
+    return _block_rows(half, first, first + _RUN_BLOCKS)[: len(w)] - w, w
+
+
 def _square_sums(half: QuantWeight, weight: Tensor, first: int, importance: Tensor) -> Tensor:
     """float64 |w - q|^2, |w|^2 and both times importance, over a run of row blocks."""
-    w = weight[first * TILE_ROWS : (first + _RUN_BLOCKS) * TILE_ROWS].float()
-    miss = _block_rows(half, first, first + _RUN_BLOCKS)[: len(w)] - w
+    miss, w = _miss(half, weight, first)
     by_input = torch.stack([miss.square().sum(dim=0), w.square().sum(dim=0)]).double()
     if importance.dim() == 1:
         return torch.cat([by_input.sum(dim=1), (by_input * importance).sum(dim=1)])

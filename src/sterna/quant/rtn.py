@@ -122,13 +122,16 @@ def quantize_rows(
     """Rows [n, K] of any float dtype -> codes and scales; a mixed format picks per row."""
     grouped = _grouped(weight.float(), fmt.group_size)
     weights = None if importance is None else _grouped(importance[None], fmt.group_size)
+    if weights is None and grouped.shape[1] * grouped.shape[2] > weight.shape[1]:
+        # the zeros that fill the last group have no error, also where zero is no value
+        weights = _grouped(torch.ones(1, weight.shape[1]), fmt.group_size)
     found = [_search(grouped, e, fmt.scale, search, weights) for e in fmt.elements]
     scales, formats = found[0][0], None
     if fmt.is_mixed:
         errors = torch.stack([error.sum(dim=1) for _, error in found])
         formats = errors.argmin(dim=0).to(torch.uint8)
         scales = torch.where(formats[:, None] == 0, found[0][0], found[1][0])
-    scaled = grouped / scale_values(scales)[:, :, None]
+    scaled = grouped / divisors(scale_values(scales))[:, :, None]
     codes = encode(scaled, fmt.elements[0])
     if formats is not None:
         codes = torch.where(formats[:, None, None] == 0, codes, encode(scaled, fmt.elements[1]))
@@ -217,15 +220,22 @@ def _candidates(base: Tensor, element: Element, kind: ScaleKind, points: int) ->
             yield _to_e8m0(base * element.max_value, element, shift)
         return
     dtype = SCALE_DTYPES[kind]
-    yield _stored(base, dtype)
+    of_zeros = 1.0 if element.has_zero else 0.0
+    yield _stored(base, dtype, of_zeros)
     for i in range(points - 1):
-        yield _stored(base * (_LOWEST + (_HIGHEST - _LOWEST) * i / (points - 2)), dtype)
+        factor = _LOWEST + (_HIGHEST - _LOWEST) * i / (points - 2)
+        yield _stored(base * factor, dtype, of_zeros)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` in its storage type, within its range; 1 for groups that are all zeros."""
+def _stored(scale: Tensor, dtype: torch.dtype, of_zeros: float) -> Tensor:
+    """`scale` in its storage type, within its range; `of_zeros` for groups that are all zeros."""
     kept = scale.clamp(_SMALLEST[dtype], _LARGEST[dtype]).to(dtype)
-    return torch.where(scale == 0, torch.ones_like(kept), kept)
+    return torch.where(scale == 0, torch.full_like(kept, of_zeros), kept)
+
+
+def divisors(scales: Tensor) -> Tensor:
+    """float32 scales to divide by: 1 for that of zero, whose codes do not matter."""
+    return torch.where(scales == 0, 1.0, scales)
 
 
 def _to_e8m0(absmax: Tensor, element: Element, shift: int) -> Tensor:
@@ -247,7 +257,7 @@ def _error(
     Nothing of the run's size is allocated: that would cost page faults in every thread.
     """
     rounded, spare = scratch
-    torch.div(grouped, scale[:, :, None], out=rounded)
+    torch.div(grouped, divisors(scale)[:, :, None], out=rounded)
     round_to_grid_(rounded, spare, element)
     miss = torch.addcmul(grouped, rounded, scale[:, :, None], value=-1, out=spare)
     squares = miss.square_() if importance is None else miss.square_().mul_(importance)

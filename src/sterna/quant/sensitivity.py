@@ -11,6 +11,8 @@ the rows: F_ik is taken as f_i h_k with h the mean squares of the inputs, so tha
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,57 +22,99 @@ from torch import Tensor, nn
 from sterna.kernels import ops
 from sterna.model.batch import Batch
 from sterna.model.decoder import Decoder
+from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear
 from sterna.quant.calibrate import WINDOW, windows
+from sterna.quant.linear import QuantLMHead
+from sterna.quant.stream import OnLayer, block_of
 
 NUM_WINDOWS = 4
 
 
-def row_sensitivities(decoder: Decoder, tokens: Sequence[int]) -> dict[str, Tensor]:
+def row_sensitivities(
+    decoder: Decoder, tokens: Sequence[int], on_layer: OnLayer | None = None
+) -> dict[str, Tensor]:
     """Weight name -> float32 [rows], the f of the module's docstring.
 
     Reads NUM_WINDOWS windows. The head's rows are those of the logits; what an error of a tied
-    table does to the lookup is not counted. Weights get no gradients, so this costs about three
-    forwards; a float32 decoder is faster than a bfloat16 one.
+    table does to the lookup is not counted. Computed in float32, about four forwards. Blocks are
+    taken one at a time, forwards and then backwards from the kept inputs of each: besides those
+    (1.1 GB for 8B), one block in float32 is in memory, or the head.
     """
-    generator = torch.Generator().manual_seed(0)
-    sums = _Squares()
-    head = "embed_tokens" if decoder.lm_head is None else "lm_head"
     length = min(WINDOW, decoder.config.num_positions)
-    kinds = Linear | GatedLinear
-    handles = [
-        module.register_forward_hook(sums.hook(name))
-        for name, module in decoder.named_modules()
-        if isinstance(module, kinds)
-    ]
-    wanted = [p for p in decoder.parameters() if p.requires_grad]
-    decoder.requires_grad_(False)
-    try:
-        for batch in windows(tokens[: NUM_WINDOWS * length], length):
-            _backward(decoder, batch, lambda x, g: sums.add(head, x, g), generator)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    batches = list(windows(tokens[: NUM_WINDOWS * length], length))
+    count, sums = len(decoder.layers), _Squares()
+    inputs = [[decoder.embedded(batch).detach().float() for batch in batches]]
+    for i in range(count):
+        inputs.append(_forward(decoder, i, batches, inputs[-1]))
+        if on_layer is not None:
+            on_layer(i + 1, 2 * count)
+    gradients = _through_head(decoder, inputs.pop(), sums)
+    for i in reversed(range(count)):
+        gradients = _backward(decoder, i, batches, inputs.pop(), gradients, sums)
+        if on_layer is not None:
+            on_layer(2 * count - i, 2 * count)
     return sums.means()
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).float().requires_grad_(False)
+
+
+@torch.no_grad()
+def _forward(
+    decoder: Decoder, layer_idx: int, batches: list[Batch], inputs: list[Tensor]
+) -> list[Tensor]:
+    with block_of(decoder, layer_idx) as block:
+        exact = _in_float32(block)
+    table = decoder.rope_of(layer_idx)
+    return [exact(h, batch, table, None) for h, batch in zip(inputs, batches, strict=True)]
+
+
+def _through_head(decoder: Decoder, hidden: list[Tensor], sums: _Squares) -> list[Tensor]:
+    """Draws a token at every position; the gradients of ln p by the last block's outputs."""
+    generator = torch.Generator().manual_seed(0)
+    name = "embed_tokens" if decoder.lm_head is None else "lm_head"
+    norm, head = _in_float32(decoder.norm), _in_float32(decoder.get_submodule(name))
+    assert isinstance(head, Embedding | LMHead | QuantLMHead)
+    found = []
+    for last in hidden:
+        h = last.requires_grad_()
+        normed = norm(h)
+        logits = head.logits(normed, decoder.config.logits_softcap)
+        _on_gradient(logits, functools.partial(sums.add, name, normed.detach()))
+        log_probs = logits.log_softmax(dim=-1)
+        drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+        torch.autograd.backward(log_probs.gather(1, drawn).sum())
+        found.append(_gradient(h))
+    return found
 
 
 def _backward(
     decoder: Decoder,
-    batch: Batch,
-    on_logits: Callable[[Tensor, Tensor], None],
-    generator: torch.Generator,
-) -> None:
-    h = decoder.embedded(batch).detach().requires_grad_()
-    for layer_idx, block in enumerate(decoder.layers):
-        h = block(h, batch, decoder.rope_of(layer_idx), None)
-    hidden = decoder.norm(h)
-    logits = decoder.logits(hidden)
-    _on_gradient(logits, lambda g: on_logits(hidden.detach(), g))
-    log_probs = logits.log_softmax(dim=-1)
-    drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-    torch.autograd.backward(log_probs.gather(1, drawn).sum())
+    layer_idx: int,
+    batches: list[Batch],
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    sums: _Squares,
+) -> list[Tensor]:
+    """Gradients by a block's outputs -> by its inputs; the weights' are squared on the way."""
+    with block_of(decoder, layer_idx) as block:
+        exact = _in_float32(block)
+    for name, module in exact.named_modules():
+        if isinstance(module, Linear | GatedLinear):
+            module.register_forward_hook(sums.hook(f"layers.{layer_idx}.{name}"))
+    table, found = decoder.rope_of(layer_idx), []
+    for h, batch, gradient in zip(inputs, batches, gradients, strict=True):
+        h.requires_grad_()
+        torch.autograd.backward(exact(h, batch, table, None), gradient)
+        found.append(_gradient(h))
+    return found
+
+
+def _gradient(h: Tensor) -> Tensor:
+    assert h.grad is not None
+    return h.grad
 
 
 def _on_gradient(output: Tensor, function: Callable[[Tensor], None]) -> None:

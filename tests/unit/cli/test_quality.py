@@ -59,6 +59,23 @@ def test_fewer_bits_are_further_away(model, text, tmp_path, capsys):
     assert found["int4"]["a"]["kl_se"] > 0
 
 
+def test_int8_activations_of_the_second_model(model, text, tmp_path, capsys):
+    out = str(tmp_path / "fp6")
+    assert run(["quantize", model, "-o", out, "--json"]) == 0
+    found = {}
+    for mode in ("auto", "int8"):
+        capsys.readouterr()
+        arguments = ["quality", model, out, "--text", text, "--window", "32", "--json"]
+        assert run([*arguments, "--activations", mode]) == 0
+        found[mode] = json.loads(capsys.readouterr().out)["domains"]["text"]["kl"]
+    assert found["int8"] != found["auto"]
+    assert (
+        run(["quality", model, model, "--text", text, "--window", "32", "--activations", "int8"])
+        == 2
+    )
+    assert "the weights are plain" in capsys.readouterr().err
+
+
 def test_a_table_and_a_plot(model, text, tmp_path, capsys):
     plot = tmp_path / "deep" / "quality.png"
     assert (

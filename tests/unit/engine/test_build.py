@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sterna.core.errors import ConfigError
 from sterna.core.machine import num_usable_cpus
 from sterna.engine.budget import StepCurve, StepTime, choose_budget
+from sterna.engine.build import set_activations
 from sterna.engine.config import EngineConfig
 from sterna.engine.memory import engine_shape, kv_dtype
 from sterna.kernels.device import check_device, set_threads
@@ -92,3 +93,10 @@ def test_the_buffers_hold_any_budget_that_can_be_chosen(harness):
     curve = StepCurve((StepTime(64, 0.01),))
     engine.set_token_budget(choose_budget(curve, 5000))
     assert engine.scheduler.max_running == 5000
+
+
+def test_bf16_activations_of_a_float32_model_are_refused(fake_decoder):
+    decoder = fake_decoder()
+    with pytest.raises(ConfigError, match=r"computes in float32; set dtype"):
+        set_activations(decoder, EngineConfig(activations="bf16", dtype="float32"))
+    set_activations(decoder, EngineConfig())

@@ -17,7 +17,8 @@ from sterna.quant.rtn import quantize_weight
 
 # Every element, one scale a row, groups that do not divide 100 inputs, e8m0, rows that choose.
 FORMATS = ["fp6", "fp6-e3m2", "fp6-mixed", "fp5", "fp4", "fp8", "int4", "int5", "int6", "int8",
-           "fp6-g128", "fp6-mixed-g32", "int4-g32", "int5-g64", "mxfp4", "mxfp6"]  # fmt: skip
+           "fp6-g128", "fp6-mixed-g32", "int4-g32", "int5-g64", "mxfp4", "mxfp6", "nf6", "nf5-g32",
+           "nf4-g64"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
