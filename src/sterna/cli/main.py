@@ -65,6 +65,10 @@ def build_app() -> App:
         help="Complete a prompt, or a file of them.",
     )
     app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
+    app.command(_convert_app())
+    app.command(
+        "sterna.cli.merge:merge", name="merge", help="Fold an adapter into its model's weights."
+    )
     app.command(
         "sterna.cli.quantize:quantize",
         name="quantize",
@@ -86,6 +90,16 @@ def build_app() -> App:
         "sterna.cli.doctor:doctor", name="doctor", help="Say which kernels run here, and why."
     )
     return app
+
+
+def _convert_app() -> App:
+    convert = App(name="convert", help="Distil a model into a form that does less work.")
+    convert.command(
+        "sterna.cli.convert:swiftkv",
+        name="swiftkv",
+        help="Prompt tokens run the first layers only (SwiftKV).",
+    )
+    return convert
 
 
 def _data_app() -> App:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,18 +84,34 @@ def _verify(recipe: Recipe) -> int:
 
 
 def _run(recipe: Recipe, resume: bool) -> int:
-    import os
-
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         _print_changes(recipe)
     from sterna.cli.train_samples import generate
     from sterna.train.loop import train as run
 
-    result = run(recipe, resume=resume, generate=generate)
+    result = run(_on_own_text(recipe), resume=resume, generate=generate)
     if is_main:
-        _print_result(result)
+        _print_result(result, recipe.kind == "distill")
     return _EXIT_OF.get(result.outcome, 0)
+
+
+def _on_own_text(recipe: Recipe) -> Recipe:
+    """The recipe, on text that its model has written where it asks for that."""
+    if recipe.kind != "distill" or not recipe.distill.generate:
+        return recipe
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and not (recipe.run.output / "generated").exists()
+    ):
+        raise ConfigError(
+            "distill.generate writes its text in one process; start the run without torchrun once, "
+            "then go on with --resume"
+        )
+    from sterna.cli.generate_ids import generate_ids
+    from sterna.train.distill.generated import with_generated
+
+    return with_generated(recipe, generate_ids)
 
 
 def _print_changes(recipe: Recipe) -> None:
@@ -110,14 +127,14 @@ def _print_changes(recipe: Recipe) -> None:
     Console(stderr=True, highlight=False, markup=False).print(table)
 
 
-def _print_result(result: TrainResult) -> None:
+def _print_result(result: TrainResult, is_distilled: bool) -> None:
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     print(f"{result.outcome} after {result.steps} steps{loss}{held_out}")
     if result.outcome in _EXIT_OF:
         print(f"saved in {result.checkpoint}; go on with the same command and --resume")
     else:
-        print(f"model: {result.model} (sterna chat {result.model})")
+        print(f"model: {result.model}" + ("" if is_distilled else f" (sterna chat {result.model})"))
 
 
 def _list_settings() -> int:

@@ -20,6 +20,7 @@ from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
 from sterna.train.config import Recipe
+from sterna.train.distill.task import distillation
 from sterna.train.ema import Ema
 from sterna.train.flops import FlopCounter, measure_peak
 from sterna.train.hooks import Hook
@@ -85,7 +86,7 @@ def build(
             eval_rows=_eval_rows(recipe, tokenizer, mesh),
             flops=FlopCounter(model),
             peak_flops=_peak_flops(recipe, model, mesh),
-            hooks=(*_builtin_hooks(recipe, mesh, generate), *hooks),
+            hooks=(*task.hooks(recipe), *_builtin_hooks(recipe, mesh, generate), *hooks),
             horizon=steps,
             files=tokenizer_files(tokenizer),
             source=source,
@@ -97,6 +98,8 @@ def choose_task(recipe: Recipe) -> Task:
     """The task of a recipe's kind and adapter."""
     if recipe.adapter is not None:
         return Lora(recipe.adapter)
+    if recipe.kind == "distill":
+        return distillation(recipe)
     return TASKS[recipe.kind]()
 
 

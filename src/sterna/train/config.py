@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sterna.data.config import DataConfig
 from sterna.parallel.config import ParallelConfig
 from sterna.train.adapter_config import AdapterConfig
+from sterna.train.distill.config import DistillSection
 from sterna.train.longseq.config import LongseqSection
 
 Kind = Literal["sft", "pretrain", "distill"]
@@ -189,6 +190,10 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     adapter: AdapterConfig | None = Field(
         default=None, description="train a low-rank adapter, not the weights"
+    )
+    distill: DistillSection = Field(
+        default_factory=lambda: DistillSection.model_validate({}),
+        description="of kind distill; see its keys",
     )
     longseq: LongseqSection = Field(
         default_factory=lambda: LongseqSection.model_validate({}), description="see its keys"

@@ -26,7 +26,7 @@ FREE = (
     "eval.*",
     "data.prefetch",
     "longseq.folder",
-    "model.path",  # the weights come from the checkpoint; but an adapter's base does not
+    "model.path",  # weights come from the checkpoint; but an adapter's or student's base does not
     "parallel.timeout_s",
 )
 
@@ -59,7 +59,8 @@ def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
 def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
     """ConfigError naming the keys that may not differ from the saved recipe."""
     found = changes(recipe, make_recipe(saved))
-    free = [key for key in FREE if key != "model.path" or recipe.adapter is None]
+    is_apart = recipe.adapter is not None or recipe.kind == "distill"  # from the base
+    free = [key for key in FREE if key != "model.path" or not is_apart]
     bad = {k: v for k, v in found.items() if not any(fnmatch(k, pattern) for pattern in free)}
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from sterna.model.weights import split_parts
 from sterna.parallel.fsdp import full
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
+from sterna.train.hooks import Hook
 from sterna.train.step import Loss, cross_entropy
 from sterna.train.task import Weights
 
@@ -51,6 +52,10 @@ class Sft:
     def final(self, model: nn.Module) -> Weights | None:
         """Checkpoints hold the whole model."""
         return None
+
+    def hooks(self, recipe: Recipe) -> Sequence[Hook]:
+        """None of its own."""
+        return ()
 
 
 def is_foreign(recipe: Recipe, path: Path) -> bool:

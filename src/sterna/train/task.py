@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
+from sterna.train.hooks import Hook
 from sterna.train.step import Loss
 
 
@@ -52,4 +53,8 @@ class Task(Protocol):
 
         Called once, at the end: the model may be changed. All ranks call it.
         """
+        ...
+
+    def hooks(self, recipe: Recipe) -> Sequence[Hook]:
+        """What this kind does at evals and at the end, before the built-in hooks."""
         ...

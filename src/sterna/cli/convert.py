@@ -1,0 +1,146 @@
+"""`sterna convert swiftkv`: distil a model into its SwiftKV form; measure, then write or refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from sterna.core.errors import ConfigError, TrainError
+from sterna.core.log import setup_logging
+
+if TYPE_CHECKING:
+    from sterna.train.distill.measure import StudentQuality
+
+Paths = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+REPORT = "swiftkv.json"
+
+
+def swiftkv(
+    model: str = "",
+    /,
+    *,
+    data: Paths,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    max_drop: float = 0.5,
+    layers: int = 0,
+    group_size: int = 1,
+    steps: int = 1000,
+    rows_per_step: int = 8,
+    seq_len: int = 1024,
+    lr: float = 1e-3,
+    train_on: Literal["completions", "all", "last"] = "completions",
+    held_out: float = 0.02,
+    eval_rows: int = 64,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    threads: int = 0,
+    run: Path | None = None,
+) -> int:
+    """Make a model whose prompt tokens run only its first layers (SwiftKV, arXiv 2410.03960).
+
+    A stopped conversion goes on where it was when the same command is given again. The folder is
+    written only when the held-out accuracy fell by no more than --max-drop.
+
+    Parameters
+    ----------
+    model
+        Folder, GGUF file or name; empty is the default model.
+    data
+        Training files, as in [[data.sources]] of a recipe; may be repeated.
+    output
+        The folder to write; it appears when it is complete.
+    max_drop
+        Points of held-out next-token accuracy that may be lost.
+    layers
+        First layers that every token runs; 0 is half of them.
+    group_size
+        Later layers that share keys and values (AcrossKV).
+    steps
+        Optimizer steps.
+    rows_per_step
+        Packed rows of a step.
+    seq_len
+        Tokens of a row.
+    lr
+        Peak learning rate, with 5 % warm-up and a cosine.
+    train_on
+        Which tokens the losses are taken on.
+    held_out
+        Share of the data kept out of training, on which quality is measured.
+    eval_rows
+        Held-out rows to measure on, at most.
+    dtype
+        Of weights and activations.
+    threads
+        CPU threads; 0 is all.
+    run
+        Folder of the run with its checkpoints and report.html; OUTPUT.run when not given.
+    """
+    from sterna.train.distill.measure import last_quality
+    from sterna.train.loop import train
+    from sterna.train.recipe import make_recipe
+
+    setup_logging()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output}: is there already; remove it or choose another --output")
+    folder = run or output.with_name(output.name + ".run")
+    values: dict[str, Any] = {
+        "kind": "distill",
+        "model": {"path": model, "dtype": dtype},
+        "distill": {"kind": "swiftkv", "layers": layers, "group_size": group_size},
+        "data": {
+            "sources": [{"path": path, "epochs": 0} for path in data],
+            "seq_len": seq_len,
+            "train_on": train_on,
+            "held_out": held_out,
+        },
+        "optim": {"lr": lr},
+        "schedule": {"warmup_steps": steps // 20},
+        "run": {"output": folder, "steps": steps, "rows_per_step": rows_per_step,
+                "threads": threads},
+        "eval": {"every": max(1, steps // 10), "max_rows": eval_rows},
+        "checkpoint": {"every": max(1, steps // 10)},
+    }  # fmt: skip
+    train(make_recipe(values), resume=(folder / "checkpoints").exists())
+    quality = last_quality(folder)
+    _require(quality, max_drop, folder)
+    assert quality is not None
+    _publish(folder, output, quality, max_drop)
+    print(f"{output}: {_describe(quality)}")
+    return 0
+
+
+def _require(quality: StudentQuality | None, max_drop: float, folder: Path) -> None:
+    """TrainError when the student was not measured or is worse than allowed."""
+    if quality is None or not quality.num_tokens:
+        raise TrainError("no held-out token to measure on; give more data or a larger --held-out")
+    if quality.drop > max_drop:
+        raise TrainError(
+            f"{_describe(quality)}; --max-drop allows {max_drop:g} points. Train longer (--steps), "
+            f"keep more layers (--layers), or allow more. The student is in {folder / 'model'}"
+        )
+
+
+def _describe(q: StudentQuality) -> str:
+    return (
+        f"held-out accuracy {100 * q.teacher_accuracy:.2f} -> {100 * q.student_accuracy:.2f} % "
+        f"({q.drop:.2f} +- {100 * q.accuracy_error:.2f} points lost), loss {q.teacher_loss:.4f} -> "
+        f"{q.student_loss:.4f}, KL {q.kl:.4f} over {q.num_tokens:,} tokens"
+    )
+
+
+def _publish(folder: Path, output: Path, quality: StudentQuality, max_drop: float) -> None:
+    """The model folder with its report beside the weights."""
+    from dataclasses import asdict
+
+    from sterna.core.rundir import write_atomic
+    from sterna.train.checkpoint import newest, publish
+
+    found = {**asdict(quality), "drop": quality.drop, "loss_rise": quality.loss_rise}
+    report = {"max_drop": max_drop, **found}
+    latest = newest(folder / "checkpoints")
+    assert latest is not None
+    publish(latest, output)
+    write_atomic(output / REPORT, json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,59 @@
+"""`sterna merge`: an adapter folded into its model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from sterna.core.errors import ConfigError
+from sterna.core.log import setup_logging
+
+
+def merge(
+    model: str,
+    adapter: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+) -> int:
+    """Write a model with an adapter (Sterna's or PEFT's) merged in, as a Hugging Face folder.
+
+    A quantised model is written with plain weights: merged ones have other codes.
+
+    Parameters
+    ----------
+    model
+        The adapter's base: a folder, a GGUF file or a name; "" is the default model.
+    adapter
+        Folder with adapter_config.json and adapter_model.safetensors.
+    output
+        The folder to write.
+    dtype
+        Of the written weights; the sum is formed in float32 and rounded once.
+    """
+    from rich.console import Console
+
+    from sterna.core.rundir import write_atomic
+    from sterna.model.hub import resolve_model
+    from sterna.model.save import save_model
+    from sterna.quant.load import PLAIN, load_quantized
+    from sterna.quant.sources import small_files
+    from sterna.train.adapter import merge_adapter
+    from sterna.train.adapter_file import load_adapter
+
+    setup_logging("WARNING")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output}: is there already; remove it or choose another --output")
+    path = resolve_model(model)
+    with Console(stderr=True).status("merge"):
+        decoder = load_quantized(path, dtype, weights=PLAIN).decoder
+        load_adapter(decoder, adapter)
+        merge_adapter(decoder)
+        save_model(decoder, output)
+        for name, content in small_files(path).items():
+            write_atomic(output / name, content)
+    print(f"{output}: {model or 'the default model'} with {adapter} merged, in {dtype}")
+    return 0
