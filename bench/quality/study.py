@@ -50,7 +50,12 @@ from sterna.quant.budget import Choice, choose_formats, price_formats
 from sterna.quant.formats import WeightFormat, parse_format
 from sterna.quant.gptq import gptq_weight
 from sterna.quant.hessian import Hessians
-from sterna.quant.linear import quant_modules, replace_weight, weight_shapes
+from sterna.quant.linear import (
+    quant_modules,
+    replace_weight,
+    use_int8_activations,
+    weight_shapes,
+)
 from sterna.quant.rtn import ScaleSearch, quantize_weight
 from sterna.quant.sensitivity import NUM_WINDOWS, row_sensitivities
 from sterna.text.tokenizer import load_tokenizer
@@ -119,6 +124,8 @@ def quantised_row(
         plain = decoder.get_parameter(f"{module}.weight").detach()
         weight = _quantised(module, plain, found[module], formats[module], method, scales, is_gated)
         replace_weight(decoder, module, weight)
+    if "a8" in rest:
+        use_int8_activations(decoder)
     seconds = time.perf_counter() - started
     weights = [m.quant_weight for _, m in quant_modules(decoder)]
     count = sum(w.out_features * (1 + w.is_gated) * w.in_features for w in weights)

@@ -27,7 +27,9 @@ def main() -> int:
     """Build, step, report."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
-    step = {"sterna": sterna, "transformers": transformers, "deepspeed": deepspeed}[job["system"]](job)
+    step = {"sterna": sterna, "transformers": transformers, "deepspeed": deepspeed}[job["system"]](
+        job
+    )
     if job.get("cap"):
         resource.setrlimit(resource.RLIMIT_DATA, (job["cap"], job["cap"]))
     base = status("VmRSS")
@@ -79,7 +81,9 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.vocab_size, job["seq_len"]).astype(np.int32)
     pieces = np.split(tokens, range(job["document"], len(tokens), job["document"]))
-    row = join([Document(piece, np.append(piece[1:], -100).astype(np.int32), 0) for piece in pieces])
+    row = join(
+        [Document(piece, np.append(piece[1:], -100).astype(np.int32), 0) for piece in pieces]
+    )
     settings = OptimSection(states=job.get("states", "bfloat16"), master=job.get("master", False))
     optimiser = AdamW(decoder.named_parameters(), settings)
     loss = full_logits if job.get("full_logits") else cross_entropy
@@ -140,7 +144,9 @@ def deepspeed(job: dict[str, Any]) -> Callable[[], float]:
 
     def loss_of(head: Any, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = head.lm_head(hidden).float()
-        return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1))
+        return torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1)
+        )
 
     def run() -> float:
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -177,9 +177,7 @@ def _graph_width(shape: Shape, settings: LongseqSection) -> int:
     return front + q + back
 
 
-def _head(
-    shape: Shape, job: Job, settings: LongseqSection, tokens: int
-) -> tuple[float, float]:
+def _head(shape: Shape, job: Job, settings: LongseqSection, tokens: int) -> tuple[float, float]:
     """(working set of the chunked head, what it leaves): bytes."""
     most = settings.head_rows or max(min(CHUNK_ROWS, CHUNK_BYTES // (4 * shape.vocab)), 1)
     rows, table = min(tokens, most), shape.vocab * shape.hidden
@@ -191,9 +189,7 @@ def _head(
     return logits + left + copies, left
 
 
-def _block(
-    shape: Shape, job: Job, settings: LongseqSection, tokens: int, layout: Layout
-) -> float:
+def _block(shape: Shape, job: Job, settings: LongseqSection, tokens: int, layout: Layout) -> float:
     """The working set of one block's backward, whole rows and tiles."""
     b = job.dtype_bytes
     row = b * tokens
