@@ -70,6 +70,8 @@ def plot(report: dict[str, Any], speeds: dict[str, float], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
     left.legend()
+    left.margins(x=0.08)
+    right.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -83,8 +85,12 @@ def _points(axis: Any, label: str, marker: str, x: dict[str, float], rows: dict[
     color = _COLOURS[marker]
     axis.errorbar(list(x.values()), y, yerr=error, fmt=marker, label=label, capsize=2, color=color)
     for name, kl in zip(rows, y, strict=True):
+        # Six bits are crowded: rounding to the left, a budget below its neighbour.
+        side = -1 if marker == "o" else 1
+        down = -9 if name.startswith("bits=") else 3
         axis.annotate(name.split("/")[0], (x[name], kl), fontsize=7, color=color,
-                      xytext=(4, 3), textcoords="offset points")  # fmt: skip
+                      xytext=(6 * side, down), textcoords="offset points",
+                      ha="right" if side < 0 else "left")  # fmt: skip
 
 
 def _series(rows: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
