@@ -25,7 +25,7 @@ def llama(
     return {
         "hidden_size": hidden, "intermediate_size": inner or 4 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads or max(1, heads // 4), "vocab_size": vocab,
+        "num_key_value_heads": max(1, heads // 4), "vocab_size": vocab,
         "max_position_embeddings": 65_536, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "hidden_act": "silu",
     }  # fmt: skip
