@@ -78,31 +78,40 @@ def swiftkv(
     run
         Folder of the run with its checkpoints and report.html; OUTPUT.run when not given.
     """
-    from sterna.train.distill.measure import last_quality
-    from sterna.train.loop import train
-    from sterna.train.recipe import make_recipe
-
-    setup_logging()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output}: is there already; remove it or choose another --output")
     folder = run or output.with_name(output.name + ".run")
     values: dict[str, Any] = {
-        "kind": "distill",
         "model": {"path": model, "dtype": dtype},
-        "distill": {"kind": "swiftkv", "layers": layers, "group_size": group_size},
-        "data": {
-            "sources": [{"path": path, "epochs": 0} for path in data],
-            "seq_len": seq_len,
-            "train_on": train_on,
-            "held_out": held_out,
-        },
+        "distill": {"layers": layers, "group_size": group_size},
+        "data": {"seq_len": seq_len, "train_on": train_on, "held_out": held_out},
         "optim": {"lr": lr},
+        "run": {"steps": steps, "rows_per_step": rows_per_step, "threads": threads},
+        "eval": {"max_rows": eval_rows},
+    }
+    return _convert(values, data, folder, output, max_drop)
+
+
+def _convert(
+    values: dict[str, Any], data: tuple[str, ...], folder: Path, output: Path, max_drop: float
+) -> int:
+    from sterna.train.distill.measure import last_quality
+    from sterna.train.loop import train
+    from sterna.train.recipe import make_recipe, merge_into
+
+    setup_logging()
+    steps = values["run"]["steps"]
+    often = {"every": max(1, steps // 10)}
+    rest: dict[str, Any] = {
+        "kind": "distill",
+        "distill": {"kind": "swiftkv"},
+        "data": {"sources": [{"path": path, "epochs": 0} for path in data]},
         "schedule": {"warmup_steps": steps // 20},
-        "run": {"output": folder, "steps": steps, "rows_per_step": rows_per_step,
-                "threads": threads},
-        "eval": {"every": max(1, steps // 10), "max_rows": eval_rows},
-        "checkpoint": {"every": max(1, steps // 10)},
-    }  # fmt: skip
+        "run": {"output": folder},
+        "eval": often,
+        "checkpoint": often,
+    }
+    merge_into(values, rest)
     train(make_recipe(values), resume=(folder / "checkpoints").exists())
     quality = last_quality(folder)
     _require(quality, max_drop, folder)

@@ -29,6 +29,7 @@ What you can do next:
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
   sterna train RECIPE.toml        fine-tune or pretrain a model
+  sterna plan --seq-len 65536     whether a long row fits, and with which settings
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna quality A B --text FILE  how far a quantised model is from the original
   sterna bench serve              measure any OpenAI endpoint under load
@@ -65,6 +66,7 @@ def build_app() -> App:
         help="Complete a prompt, or a file of them.",
     )
     app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
+    app.command("sterna.cli.plan:plan", name="plan", help="Predict memory and time of training.")
     app.command(_convert_app())
     app.command(
         "sterna.cli.merge:merge", name="merge", help="Fold an adapter into its model's weights."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sterna.train.autoplan import more_frugal
 from sterna.train.build import build
 from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
@@ -36,8 +37,26 @@ def train(
     current step with a checkpoint; the result says so.
 
     Raises ConfigError, DataError, ModelError, NonFiniteError (the state before the bad step is
-    kept) or CheckpointError (the last good checkpoint is intact).
+    kept) or CheckpointError (the last good checkpoint is intact). With `longseq.auto` a run out of
+    memory goes on from its last checkpoint with more frugal settings.
     """
+    while True:
+        try:
+            return _train(recipe, resume, hooks, task, generate)
+        except (MemoryError, RuntimeError) as error:
+            frugal = more_frugal(recipe, error, recipe.parallel.sp)
+            if frugal is None:
+                raise
+            recipe, resume = frugal, True
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    hooks: Sequence[Hook],
+    task: Task | None,
+    generate: Generate | None,
+) -> TrainResult:
     with build(recipe, resume, hooks, task, generate) as trainer, StopSignals() as signals:
         trainer.start()
         for rows in trainer.steps():

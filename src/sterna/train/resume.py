@@ -61,6 +61,7 @@ def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
     found = changes(recipe, make_recipe(saved))
     is_apart = recipe.adapter is not None or recipe.kind == "distill"  # from the base
     free = [key for key in FREE if key != "model.path" or not is_apart]
+    free += ["longseq.*"] if recipe.longseq.auto else []
     bad = {k: v for k, v in found.items() if not any(fnmatch(k, pattern) for pattern in free)}
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())

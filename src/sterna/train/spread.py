@@ -10,6 +10,7 @@ from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import shard_model
 from sterna.parallel.mesh import Axis, Mesh
 from sterna.parallel.ulysses import plan_attention
+from sterna.train.autoplan import chosen, is_chosen
 from sterna.train.config import Recipe
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
@@ -30,13 +31,16 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     return mesh.data
 
 
-def use_longseq(model: Any, recipe: Recipe, is_sharded: bool) -> None:
+def use_longseq(model: Any, recipe: Recipe, num_shards: int) -> None:
     """Switch on the recipe's checkpoints and tiles.
 
     ConfigError for a model behind transformers, or for what FSDP2 does not allow.
     """
     settings = recipe.longseq
-    if settings == LongseqSection.model_validate({"head_rows": settings.head_rows}):
+    if settings.auto and not is_chosen(settings) and isinstance(model, Decoder):
+        settings = chosen(recipe, model.config, recipe.parallel.sp, num_shards)
+    plain = {"head_rows": settings.head_rows, "auto": settings.auto}
+    if settings == LongseqSection.model_validate(plain):
         return
     if not isinstance(model, Decoder):
         raise ConfigError(
@@ -44,4 +48,4 @@ def use_longseq(model: Any, recipe: Recipe, is_sharded: bool) -> None:
             "transformers. Leave them out, or choose a model of a native family",
             param="longseq",
         )
-    apply_longseq(model, settings, recipe.run.output, is_sharded)
+    apply_longseq(model, settings, recipe.run.output, num_shards > 1)

@@ -15,6 +15,11 @@ class LongseqSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    auto: bool = Field(
+        False,
+        description="let the planner choose what is not set here, for the free memory; a run that "
+        "meets the limit all the same goes on with more frugal settings",
+    )
     checkpoint: bool = Field(
         False, description="keep one hidden row a block for the backward, compute the rest again"
     )

@@ -1,0 +1,86 @@
+"""`longseq.auto`: the planner chooses for a run, and chooses again when memory did not suffice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sterna.core.log import get_logger
+from sterna.core.machine import available_memory_bytes
+from sterna.train.config import Recipe
+from sterna.train.longseq.config import LongseqSection
+from sterna.train.memory import Job, Layout, Shape, estimate
+from sterna.train.plan import GIB, MEMORY_ERROR, ladder, replan
+
+_log = get_logger(__name__)
+_CHOICES = {"checkpoint", "every", "tier", "mlp_tile", "attention_tile", "head_rows"}
+
+
+def is_chosen(settings: LongseqSection) -> bool:
+    """Whether the settings say something beside `auto`."""
+    return bool(_CHOICES & set(settings.model_dump(exclude_defaults=True)))
+
+
+def chosen(recipe: Recipe, config: Any, sp: int, shards: int) -> LongseqSection:
+    """The fastest rung whose predicted peak fits into the memory that is free now.
+
+    The most frugal one, with a warning, when none does.
+    """
+    job = job_of(recipe)
+    free = free_memory(recipe.model.device)
+    shape = Shape.of(config)
+    rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1))
+    for settings in rungs:
+        peak = estimate(shape, job, settings, Layout(sp, shards)).peak * (1 + MEMORY_ERROR)
+        if peak <= free:
+            said = settings.model_dump(exclude_defaults=True) or "nothing"
+            _log.info("longseq.auto: %s, %.1f of %.1f GiB", said, peak / GIB, free / GIB)
+            return settings.model_copy(update={"folder": recipe.longseq.folder})
+    _log.warning(
+        "longseq.auto: the most frugal settings need %.1f GiB and %.1f are free; trying them",
+        peak / GIB, free / GIB,
+    )  # fmt: skip
+    return rungs[-1].model_copy(update={"folder": recipe.longseq.folder})
+
+
+def job_of(recipe: Recipe) -> Job:
+    """What a recipe trains at once."""
+    return Job(
+        tokens=recipe.data.seq_len * recipe.run.micro_rows,
+        dtype_bytes=2 if recipe.model.dtype == "bfloat16" else 4,
+        states=recipe.optim.states,
+        has_master=recipe.optim.master,
+        sums_micros=recipe.run.rows_per_step > recipe.run.micro_rows,
+        longest=recipe.data.seq_len,
+    )
+
+
+def free_memory(device: str) -> float:
+    """Bytes that may still be taken."""
+    if device == "cpu":
+        return float(available_memory_bytes())
+    return float(torch.cuda.mem_get_info(device)[0])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a CPU or a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def more_frugal(recipe: Recipe, error: BaseException, shards: int) -> Recipe | None:
+    """The recipe on the next rung; None where that cannot help: not asked for, or the last one."""
+    if not recipe.longseq.auto or not is_out_of_memory(error):
+        return None
+    found = replan(recipe.longseq, recipe.model.device != "cpu", True, shards > 1)
+    if found is None:
+        return None
+    said = found.model_dump(exclude_defaults=True, exclude={"auto"})
+    _log.warning("out of memory; longseq.auto goes on with %s from the last checkpoint", said)
+    settings = found.model_copy(update={"auto": True})
+    return recipe.model_copy(update={"longseq": settings})

@@ -1,0 +1,199 @@
+"""What a row of S tokens needs on given machines, and which settings make it fit.
+
+`plan` tries the settings of `LADDER` from the fastest to the most frugal, and for each the fewest
+ranks a row is spread over (sp), until the peak fits; `replan` is the next rung for a run that met
+the limit all the same. Memory is `memory.estimate`; time is counted:
+
+    dense        6 N_m T FLOPs, 8 when blocks run again; N_m without a looked-up embedding
+    attention    3 x 2 n^2 O a block and document (causal), 3.5 x when it runs again
+    time         FLOPs / (peak rate x efficiency), with the interval of the efficiencies seen
+
+Optimizer states stay on the device: offloading them is not built, so a plan never counts on it.
+Nothing here was run on a GPU: rates and memory of one are its maker's figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sterna.core.errors import ConfigError
+from sterna.train.longseq.config import LongseqSection
+from sterna.train.memory import Estimate, Job, Layout, Shape, estimate
+
+GIB = float(1 << 30)
+# Measured against predicted on a CPU: bench/train/planner.py. The margin a plan keeps free.
+MEMORY_ERROR = 0.10
+EFFICIENCY = (0.35, 0.55)  # of the peak rate, slow and fast end
+TILE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What a run may use. Bytes and FLOP/s are of one device, host and disk of one node."""
+
+    devices: int = 1  # a node
+    nodes: int = 1
+    memory: float = 80e9
+    host: float = 0.0
+    disk: float = 0.0
+    flops: float = 989e12
+    is_gpu: bool = True
+
+    @property
+    def world(self) -> int:
+        """Devices in all."""
+        return self.devices * self.nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Settings that fit, and what they are expected to need."""
+
+    settings: LongseqSection
+    layout: Layout
+    dp: int
+    estimate: Estimate
+    seconds: tuple[float, float]  # a step, fast and slow
+
+    @property
+    def peak(self) -> tuple[float, float]:
+        """Bytes of a device: expected, and with the margin."""
+        return self.estimate.peak, self.estimate.peak * (1 + MEMORY_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Nothing fits: what came nearest, and what it lacks."""
+
+    nearest: Plan
+    reasons: tuple[str, ...]
+
+
+def ladder(is_gpu: bool, has_disk: bool, sharded: bool) -> Iterator[LongseqSection]:
+    """Settings from the fastest to the most frugal."""
+    yield _rung()
+    yield _rung(checkpoint=True)
+    yield _rung(checkpoint=True, mlp_tile=TILE)
+    yield _rung(checkpoint=True, mlp_tile=TILE, attention_tile=TILE)
+    least = _rung(checkpoint=True, mlp_tile=TILE, attention_tile=TILE, head_rows=512)
+    yield least
+    if is_gpu:
+        yield least.model_copy(update={"tier": "host"})
+    if not sharded:
+        yield least.model_copy(update={"every": 2})
+        yield least.model_copy(update={"every": 4})
+    if has_disk:
+        yield least.model_copy(update={"tier": "disk"})
+
+
+def _rung(**values: Any) -> LongseqSection:
+    return LongseqSection.model_validate(values)
+
+
+def plan(shape: Shape, job: Job, machines: Machines) -> Plan | Refusal:
+    """The fastest settings that fit with the margin, or why none does.
+
+    sp is tried from 1 up to what divides the devices; more ranks than heads need ring attention,
+    which is left out. Raises ConfigError for sizes that are not positive.
+    """
+    if min(job.tokens, machines.devices, machines.nodes) < 1 or machines.memory <= 0:
+        raise ConfigError(
+            f"{job.tokens} tokens on {machines.world} devices of {machines.memory / GIB:.1f} GiB; "
+            "give positive numbers"
+        )
+    nearest: Plan | None = None
+    for sp in _degrees(shape, machines.world):
+        shards = machines.world
+        for settings in ladder(machines.is_gpu, machines.disk > 0, shards > 1):
+            found = _plan_of(shape, job, machines, settings, Layout(sp, shards))
+            if not _lacks(found, machines):
+                return found
+            if nearest is None or found.estimate.peak < nearest.estimate.peak:
+                nearest = found
+    assert nearest is not None
+    return Refusal(nearest, _lacks(nearest, machines))
+
+
+def replan(
+    settings: LongseqSection, is_gpu: bool, has_disk: bool, sharded: bool
+) -> LongseqSection | None:
+    """The next more frugal rung after `settings`; None at the end. A folder is kept."""
+    rungs = list(ladder(is_gpu, has_disk, sharded))
+    bare = settings.model_copy(update={"folder": None, "auto": False})
+    at = rungs.index(bare) if bare in rungs else _rung_like(rungs, bare)
+    if at + 1 >= len(rungs):
+        return None
+    return rungs[at + 1].model_copy(update={"folder": settings.folder})
+
+
+def _rung_like(rungs: list[LongseqSection], settings: LongseqSection) -> int:
+    """The last rung that is no more frugal than settings of one's own."""
+    same = [i for i, rung in enumerate(rungs) if rung.checkpoint == settings.checkpoint]
+    tiled = [i for i in same if bool(rungs[i].mlp_tile) == bool(settings.mlp_tile)]
+    return (tiled or same)[0]
+
+
+def _degrees(shape: Shape, world: int) -> list[int]:
+    """Sequence-parallel sizes: divisors of the world that divide the heads too."""
+    return [n for n in range(1, world + 1) if world % n == 0 and shape.heads % n == 0]
+
+
+def _plan_of(
+    shape: Shape, job: Job, machines: Machines, settings: LongseqSection, layout: Layout
+) -> Plan:
+    found = estimate(shape, job, settings, layout)
+    work = step_flops(shape, job, settings.checkpoint) / layout.sp
+    fast, slow = (work / (machines.flops * e) for e in reversed(EFFICIENCY))
+    return Plan(settings, layout, machines.world // layout.sp, found, (fast, slow))
+
+
+def step_flops(shape: Shape, job: Job, recomputes: bool) -> float:
+    """FLOPs of a micro-batch, forward, backward and what is computed again."""
+    head = shape.vocab * shape.hidden
+    blocks = shape.layers * shape.block_weights
+    dense = job.tokens * (6.0 * (blocks + head) + (2.0 * blocks if recomputes else 0.0))
+    longest = job.longest or job.tokens
+    pairs = job.tokens / longest * longest * (longest + 1) / 2
+    once = 4.0 * pairs * shape.attention * shape.layers
+    return dense + once * (4.5 if recomputes else 3.5)
+
+
+def _lacks(found: Plan, machines: Machines) -> tuple[str, ...]:
+    """What `found` has too little of; empty when it fits."""
+    need = found.peak[1]
+    reasons = []
+    if need > machines.memory:
+        part = max(found.estimate.parts, key=lambda name: found.estimate.parts[name])
+        reasons.append(
+            f"{need / GIB:.1f} GiB a device in the {found.estimate.peak_moment}, "
+            f"{machines.memory / GIB:.1f} are there; the largest part is {part} "
+            f"({found.estimate.parts[part] / GIB:.1f} GiB)"
+        )
+    per_node = machines.devices
+    if found.estimate.host * per_node > machines.host:
+        reasons.append(
+            f"{found.estimate.host * per_node / GIB:.1f} GiB of checkpoints a node in host memory, "
+            f"{machines.host / GIB:.1f} are there"
+        )
+    if found.estimate.disk * per_node > machines.disk:
+        reasons.append(
+            f"{found.estimate.disk * per_node / GIB:.1f} GiB of checkpoints a node on disk, "
+            f"{machines.disk / GIB:.1f} are there"
+        )
+    return tuple(reasons)
+
+
+def longest_row(shape: Shape, job: Job, machines: Machines) -> int:
+    """The most tokens that fit, to one part in 64."""
+    low, high = 0, 1024
+    while isinstance(plan(shape, replace(job, tokens=high), machines), Plan):
+        low, high = high, high * 2
+        if high > 1 << 34:
+            return low
+    while high - low > max(low // 64, 1):
+        middle = (low + high) // 2
+        fits = isinstance(plan(shape, replace(job, tokens=middle), machines), Plan)
+        low, high = (middle, high) if fits else (low, middle)
+    return low
