@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
     )
     settings = OptimSection(states=job.get("states", "bfloat16"), master=job.get("master", False))
     optimiser = AdamW(decoder.named_parameters(), settings)
-    loss = full_logits if job.get("full_logits") else cross_entropy
+    rows = job["longseq"].get("head_rows") or None
+    chunked = partial(cross_entropy, chunk_rows=rows)  # as the trainer's tasks do
+    loss = full_logits if job.get("full_logits") else chunked
     step = TrainStep(decoder, Mesh.single(), loss=loss)
 
     def run() -> float:
@@ -135,7 +138,8 @@ def deepspeed(job: dict[str, Any]) -> Callable[[], float]:
     """Transformers' model with DeepSpeed's tiled loss and tiled MLP (ALST) and checkpoints."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
 
-    model, tokens = hf_model({**job, "checkpoint": True})
+    job["checkpoint"] = True
+    model, tokens = hf_model(job)
     for layer in model.model.layers:
         tile_mlp(layer.mlp, TiledMLP, job["seq_len"])
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
