@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Rows of logits held at once for prompt_logprobs: 256 rows x 150k vocabulary x 4 B = 154 MB.
 LOGITS_ROWS = 256
-# Shapes whose Batch is kept. A Batch is eight views, about 3 KB.
+# Shapes whose Batch is kept. A Batch is nine views, about 3 KB.
 MAX_KEPT_BATCHES = 1024
 
 
@@ -85,6 +85,7 @@ class InputBuffers:
             "query_starts": ((max_seqs + 1,), torch.int32),
             "context_lens": ((max_seqs,), torch.int32),
             "output_rows": ((max_tokens,), torch.int32),
+            "output_starts": ((max_seqs + 1,), torch.int32),
             "block_tables": ((max_seqs, max_blocks), torch.int32),
         }
         pinned = device != "cpu"
@@ -103,6 +104,7 @@ class InputBuffers:
         self.query_starts: NDArray[np.int32] = self._host["query_starts"].numpy()
         self.context_lens: NDArray[np.int32] = self._host["context_lens"].numpy()
         self.output_rows: NDArray[np.int32] = self._host["output_rows"].numpy()
+        self.output_starts: NDArray[np.int32] = self._host["output_starts"].numpy()
         self.block_tables: NDArray[np.int32] = self._host["block_tables"].numpy()
 
     def upload(self) -> None:
@@ -125,6 +127,7 @@ class InputBuffers:
             context_lens=view["context_lens"][:s],
             output_rows=view["output_rows"][:r],
             kv=KVView(layers, view["block_tables"][:s], view["slots"][:t], block_size),
+            output_starts=view["output_starts"][: s + 1],
         )
 
 
@@ -173,7 +176,7 @@ class Runner:
         if any(_asks(chunk) for chunk in chunks):
             return self._run_with_prompt_logprobs(chunks)
         rows = self._fill(chunks)
-        self.buffers.output_rows[: len(rows)] = rows
+        self._fill_outputs(rows, len(chunks))
         if self.captured is not None:
             num_tokens = int(self.buffers.query_starts[len(chunks)])
             logits = self.captured(num_tokens, len(rows), len(chunks))
@@ -207,6 +210,7 @@ class Runner:
         buffers.query_starts[:2] = (0, num_tokens)
         buffers.context_lens[0] = num_tokens
         buffers.output_rows[0] = num_tokens - 1
+        buffers.output_starts[:2] = (0, 1)
         num_blocks = -(-num_tokens // size)
         buffers.block_tables[0] = 0
         buffers.block_tables[0, :num_blocks] = np.arange(1, num_blocks + 1)
@@ -230,7 +234,7 @@ class Runner:
         return batch
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write all inputs but `output_rows`; returns the last row of each sampling chunk."""
+        """Write all inputs but the output rows; returns the last row of each sampling chunk."""
         buffers, rows, end = self.buffers, [], 0
         for chunk_idx, chunk in enumerate(chunks):
             if chunk.num_tokens == 1:
@@ -246,6 +250,14 @@ class Runner:
             if chunk.samples:
                 rows.append(end - 1)
         return rows
+
+    def _fill_outputs(self, rows: list[int], num_chunks: int) -> None:
+        """Write `output_rows` (ascending) and how many of them lie before each chunk's end."""
+        buffers = self.buffers
+        written = buffers.output_rows[: len(rows)]
+        written[:] = rows
+        ends = buffers.query_starts[1 : num_chunks + 1]
+        buffers.output_starts[1 : num_chunks + 1] = written.searchsorted(ends)
 
     def _fill_one(self, chunk: Chunk, row: int) -> None:
         """The decode's way: scalars only."""
@@ -269,7 +281,7 @@ class Runner:
         """Inner chunks of prompts: only keys and values are wanted. One row keeps shapes sound;
         the head, a fifth of a small model's weights, is not read for it.
         """
-        self.buffers.output_rows[0] = 0
+        self._fill_outputs([int(self.buffers.query_starts[len(chunks)]) - 1], len(chunks))
         self.fill_cache(self._batch_of(chunks, 1))
         return Logits(np.empty((0, 1), np.float32), ())
 
@@ -278,7 +290,7 @@ class Runner:
         last_rows = self._fill(chunks)
         asked = {i: rows for i, rows in enumerate(_token_rows(chunks)) if _asks(chunks[i])}
         wanted = sorted(set(last_rows).union(*asked.values()))
-        self.buffers.output_rows[: len(wanted)] = wanted
+        self._fill_outputs(wanted, len(chunks))
         hidden = self.decoder.hidden(self._batch_of(chunks, len(wanted)))
         place = {row: i for i, row in enumerate(wanted)}
         entries: dict[int, list[TokenLogprob]] = {}

@@ -7,6 +7,7 @@ block, a missing copy-on-write or a foreign prefix changes the output.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,15 @@ def hash_logits(state: int) -> np.ndarray:
     return logits
 
 
+def check_output_rows(batch):
+    """The output rows of a sequence are the last of its chunk, counted by `output_starts`."""
+    ends, starts = batch.query_starts[1:].tolist(), batch.output_starts.tolist()
+    assert len(starts) == len(ends) + 1 and starts[0] == 0
+    counts = [b - a for a, b in itertools.pairwise(starts)]
+    rows = [row for end, n in zip(ends, counts, strict=True) for row in range(end - n, end)]
+    assert batch.output_rows.tolist() == rows
+
+
 class FakeDecoder:
     """See the module docstring. `poison` tokens make logits NaN, `explode` tokens raise."""
 
@@ -65,6 +75,7 @@ class FakeDecoder:
         self.steps.append((len(tokens), len(batch.context_lens)))
         if self.explode & set(tokens):
             raise RuntimeError("exploded")
+        check_output_rows(batch)
         cache = batch.kv.layers[0]
         size = batch.kv.block_size
         for token, position, slot in zip(
