@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -61,7 +62,9 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """`values[rows[i]]` are the logits of the i-th chunk that samples."""
+    """`values[rows[i]]` are the logits of the i-th chunk that samples, at its last committed token;
+    those of its drafts follow.
+    """
 
     values: NDArray[np.float32]
     rows: tuple[int, ...]
@@ -143,10 +146,12 @@ class Runner:
         max_tokens: int,
         max_seqs: int,
         max_blocks: int,
+        max_drafts: int = 0,
         kv_dtype: torch.dtype | None = None,
         device: str = "cpu",
         replay: bool = False,
     ) -> None:
+        """A step has at most `max_seqs` + `max_drafts` output rows: their logits are kept."""
         self.decoder = decoder
         self.block_size = block_size
         self.layers = decoder.new_kv_layers(num_blocks, block_size, kv_dtype)
@@ -154,7 +159,9 @@ class Runner:
         self._batches: dict[BatchShape, Batch] = {}
         self._offsets = np.arange(max_tokens, dtype=np.int32)
         widest = self.buffers.batch(
-            BatchShape(max_tokens, max_seqs, max_seqs), self.layers, block_size
+            BatchShape(max_tokens, max_seqs, min(max_tokens, max_seqs + max_drafts)),
+            self.layers,
+            block_size,
         )
         self.captured = capture(decoder, widest) if replay else None
 
@@ -184,7 +191,7 @@ class Runner:
             logits = self.forward(self._batch_of(chunks, len(rows)))
         else:
             return self._run_without_logits(chunks)
-        return Logits(_as_numpy(logits), tuple(range(len(rows))))
+        return Logits(_as_numpy(logits), _first_rows(chunks))
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -234,7 +241,8 @@ class Runner:
         return batch
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write all inputs but the output rows; returns the last row of each sampling chunk."""
+        """Write all inputs but the output rows; returns the last row of each sampling chunk, those of
+        its drafts included."""
         buffers, rows, end = self.buffers, [], 0
         for chunk_idx, chunk in enumerate(chunks):
             if chunk.num_tokens == 1:
@@ -248,7 +256,7 @@ class Runner:
             assert table is not None, "a scheduled sequence has a table"
             buffers.block_tables[chunk_idx] = table
             if chunk.samples:
-                rows.append(end - 1)
+                rows.extend(range(end - 1 - chunk.num_drafts, end))
         return rows
 
     def _fill_outputs(self, rows: list[int], num_chunks: int) -> None:
@@ -273,7 +281,9 @@ class Runner:
         part = slice(row, row + count)
         at = self._offsets[:count] + chunk.start
         assert seq.table is not None, "a scheduled sequence has a table"
-        self.buffers.tokens[part] = seq.tokens(chunk.start, count)
+        committed = row + chunk.num_committed
+        self.buffers.tokens[row:committed] = seq.tokens(chunk.start, chunk.num_committed)
+        self.buffers.tokens[committed : row + count] = seq.draft
         self.buffers.positions[part] = at + seq.state.rope_offset
         self.buffers.slots[part] = block_slots(seq, at, self.block_size)
 
@@ -301,7 +311,7 @@ class Runner:
             return Logits(np.empty((0, 1), np.float32), (), entries)
         index = torch.tensor([place[row] for row in last_rows], device=hidden.device)
         values = _as_numpy(self.decoder.logits(hidden[index]))
-        return Logits(values, tuple(range(len(last_rows))), entries)
+        return Logits(values, _first_rows(chunks), entries)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> list[TokenLogprob]:
         """Row i of the chunk predicts prompt token start + i + 1; the last may predict none."""
@@ -319,6 +329,12 @@ class Runner:
 def _asks(chunk: Chunk) -> bool:
     """The request asked for its prompt's logprobs and has not been told them yet."""
     return chunk.seq.state.prompt_logprobs is not None
+
+
+def _first_rows(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """Of each chunk that samples: where its output rows begin."""
+    counts = [1 + chunk.num_drafts for chunk in chunks if chunk.samples]
+    return tuple(accumulate(counts[:-1], initial=0)) if counts else ()
 
 
 def block_slots(seq: EngineSequence, at: NDArray[np.int32], block_size: int) -> NDArray[np.int64]:
