@@ -74,8 +74,9 @@ class Committer:
         for chunk, error in forward.failed:
             self.fail(chunk.seq, error)
 
-    def append(self, draws: list[Draw], chosen: list[list[Sampled]]) -> None:
-        """Give every draw its tokens; end the samples that are complete."""
+    def append(self, draws: list[Draw], chosen: list[list[Sampled]]) -> int:
+        """Give every draw its tokens; end the samples that are complete. Returns their number."""
+        num_tokens = 0
         for draw in draws:
             if draw.parent is not None:
                 self._scheduler.add_fork(draw.parent, draw.seq)
@@ -87,10 +88,12 @@ class Committer:
             if self._listener is not None and not seq.output:
                 self._listener.start(seq)
             deltas, error = _push_all(seq, choices)
+            num_tokens += len(deltas)
             if deltas:
                 self._keep_tokens(draw, deltas)
             if error is not None:
                 self.fail(seq, error)
+        return num_tokens
 
     def restart(self, seq: Sequence) -> None:
         """Compute a sequence anew whose cache is damaged behind its tokens."""
@@ -129,7 +132,7 @@ class Committer:
         self._finish_request(state)
 
     def _keep_tokens(self, draw: Draw, deltas: list[Delta]) -> None:
-        """All but the last of a step's tokens were drafts: their keys and values are in the cache."""
+        """All but the last of a step's tokens were drafts: their keys and values are cached."""
         seq, delta = draw.seq, merge_deltas(deltas)
         seq.draft.clear()
         if draw.num_drafts:

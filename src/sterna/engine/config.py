@@ -57,4 +57,16 @@ class EngineConfig(BaseModel):
         30.0, gt=0, description="seconds without a finished step before /health turns red"
     )
     capture: bool = Field(True, description="replay recorded steps instead of re-interpreting")
+    speculation: str = Field(
+        "off",
+        description="guess tokens ahead and verify them, output unchanged: off, auto, or a list of "
+        "drafters",
+    )
+    speculation_opt_in: bool = Field(
+        False, description="only requests that ask for it (`speculation: true`) are guessed ahead"
+    )
+    num_draft_tokens: int = Field(32, gt=0, le=256, description="longest draft of a sequence")
+    max_draft_rows: int = Field(
+        128, gt=0, description="draft tokens in one step; each costs a row of logits in memory"
+    )
     seed: int = Field(0, description="seeds requests that bring none")

@@ -241,9 +241,11 @@ class Runner:
         return batch
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write all inputs but the output rows; returns the last row of each sampling chunk, those of
-        its drafts included."""
-        buffers, rows, end = self.buffers, [], 0
+        """Write all inputs but the output rows; returns each sampling chunk's last row, and those
+        of its drafts.
+        """
+        buffers, end = self.buffers, 0
+        rows: list[int] = []
         for chunk_idx, chunk in enumerate(chunks):
             if chunk.num_tokens == 1:
                 self._fill_one(chunk, end)

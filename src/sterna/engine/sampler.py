@@ -116,7 +116,9 @@ def draw_tokens(
         return [_greedy_token(logits[row]) for row in rows]
     jobs = list(zip(rows, plans, ahead, strict=True))
     tokens = draw(logits, [_as_draw(*job) for job in jobs])
-    return [_draw_alone(logits[row], *rest) for row, *rest in jobs] if tokens is None else tokens
+    if tokens is None:
+        return [_draw_alone(logits[row], plan, num_ahead) for row, plan, num_ahead in jobs]
+    return tokens
 
 
 def sampled(raw: NDArray[np.float32], plan: RowPlan, token_id: int) -> Sampled:

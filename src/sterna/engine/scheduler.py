@@ -11,11 +11,11 @@ Who gets the prompt share R of a step:
   2. what is left goes to the shortest remaining prompts first, within a priority.
 Rule 2 lets a short question overtake a document; rule 1 keeps the document moving.
 
-Drafts. A decode may carry guesses of its next tokens (`Sequence.draft`, see speculate.py): its chunk
-is then 1 + num_drafts rows, all of them output rows. Draft rows come out of the decodes' share of
-the budget, after every decode has its row: they delay no decode, and prompts keep R >= B/4. They
-take blocks that are free beyond one for each running sequence, so a draft preempts nobody; what
-finds no place is cut off.
+Drafts. A decode may carry guesses of its next tokens (`Sequence.draft`, see speculate.py): its
+chunk is then 1 + num_drafts rows, all of them output rows. Draft rows come out of the decodes'
+share of the budget, after every decode has its row: they delay no decode, and prompts keep
+R >= B/4. They take blocks that are free beyond one for each running sequence, so a draft preempts
+nobody; what finds no place is cut off.
 
 Order is (priority, arrival, sample), a total order that never changes.
 
@@ -28,11 +28,12 @@ exist. It makes progress each step until it ends, then the next is first. (d) Wh
 the first ready sequence of the queue is admitted without headroom, and by (a) it fits.
 
 Starvation bound. Decodes and their drafts take at most 3/4 of the budget B (`max_running`,
-`_add_drafts`), so R >= B/4 and the oldest prompt computes at least B/8 tokens a step. A request that fits the free memory and finds a
-free place therefore gets its first chunk after at most N + 8 A / B steps, where N requests with A
-prompt tokens are ahead of it in the order, however many requests arrive after it and however long
-the others generate. A request that does not fit the free memory may be overtaken by at most
-MAX_BYPASS later admissions; then nobody is admitted before it until it fits.
+`_add_drafts`), so R >= B/4 and the oldest prompt computes at least B/8 tokens a step. A request
+that fits the free memory and finds a free place therefore gets its first chunk after at most
+N + 8 A / B steps, where N requests with A prompt tokens are ahead of it in the order, however many
+requests arrive after it and however long the others generate or guess. A request that does not fit
+the free memory may be overtaken by at most MAX_BYPASS later admissions; then nobody is admitted
+before it until it fits. Drafts take no new block while a request could be admitted.
 """
 
 from __future__ import annotations
@@ -156,6 +157,13 @@ class Scheduler:
         self.idle_budget = max(token_budget, idle_budget or 0)
         self.max_running = max_running(token_budget, max_num_seqs)
 
+    @property
+    def num_pending_prompt_tokens(self) -> int:
+        """Tokens, of prompts mostly, that could fill the next step beside the decodes."""
+        running = sum(seq.num_remaining for seq in self.running if seq.num_remaining > 1)
+        may_admit = len(self.running) < self.max_running
+        return running + (self.num_waiting_tokens if may_admit else 0)
+
     def schedule(self) -> ScheduledStep:
         """Choose the chunks of the next step and give them their blocks."""
         self._num_preempted = 0
@@ -203,7 +211,9 @@ class Scheduler:
     def _add_drafts(self, decodes: list[Chunk]) -> list[Chunk]:
         """Lengthen decodes by their drafts as far as budget, rows and free blocks reach."""
         left = min(int(self.token_budget * MAX_DECODE_SHARE) - len(decodes), self.max_drafts)
-        keep_free = len(self.running)
+        # Beside a queue drafts make do with the blocks that are held already.
+        may_grow = not (self.waiting and self._may_admit())
+        keep_free = len(self.running) if may_grow else self.tables.pool.num_blocks
         for i, chunk in enumerate(decodes):
             seq = chunk.seq
             if not seq.draft:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sterna.core.errors import GrammarError
 from sterna.core.log import get_logger
-from sterna.engine.sampler import RowPlan, Sampled, draw_tokens, sample, sampled
+from sterna.engine.sampler import Sampled, draw_tokens, sample, sampled
 from sterna.engine.sequence import Sequence as EngineSequence
 from sterna.engine.structured import stuck_grammar
 
@@ -87,9 +87,7 @@ def _verify_free(logits: Rows, draws: Sequence[Draw]) -> dict[Draw, list[Sampled
         part = tokens[end : end + draw.num_drafts + 1]
         end += draw.num_drafts + 1
         count = 1 + _num_equal(part, draw.seq.draft)
-        found[draw] = [
-            sampled(logits[draw.row + i], draw.seq.plan, part[i]) for i in range(count)
-        ]
+        found[draw] = [sampled(logits[draw.row + i], draw.seq.plan, part[i]) for i in range(count)]
     return found
 
 
@@ -128,5 +126,3 @@ def _fill_mask(seq: EngineSequence) -> GrammarError | None:
         return None
     seq.grammar.fill_bitmask(seq.plan.bitmask)
     return None if seq.grammar.error is None else stuck_grammar(seq.grammar)
-
-

@@ -143,7 +143,15 @@ def naive_greedy(prompt, count, stop_at_eos=True):
 class Harness:
     """An engine with shortcuts for tests; collects every delta."""
 
-    def __init__(self, decoder=None, num_blocks=64, max_model_len=512, grammars=None, **settings):
+    def __init__(
+        self,
+        decoder=None,
+        num_blocks=64,
+        max_model_len=512,
+        grammars=None,
+        drafters=(),
+        **settings,
+    ):
         settings = {"block_size": 16, "token_budget": 64, "max_num_seqs": 16, **settings}
         self.decoder = decoder or FakeDecoder()
         self.engine = Engine(
@@ -152,6 +160,7 @@ class Harness:
             EngineConfig(**settings),
             EngineShape(VOCAB, max_model_len, num_blocks, frozenset({EOS})),
             grammars,
+            drafters,
         )
         self.outputs = {}
 

@@ -26,7 +26,7 @@ class Draft:
     @property
     def expected_accepted(self) -> float:
         """Tokens expected to survive verification: the sum of the prefixes' probabilities."""
-        return sum(accumulate(self.probs, mul))
+        return float(sum(accumulate(self.probs, mul)))
 
 
 class Drafter(Protocol):
