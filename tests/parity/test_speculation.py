@@ -1,8 +1,9 @@
 """Speculation on a real decoder: bit for bit the output of plain decoding, logprobs included.
 
 The tiny Llama of test_engine.py, in float32 and bfloat16, with FP6 weights, with quantised caches,
-captured and interpreted. The drafters are scripted (tests/drafts.py). The chi-square test at the end
-does not trust that argument: it counts sampled tokens over many seeds against the exact distribution.
+captured and interpreted. The drafters are scripted (tests/drafts.py). The chi-square test at the
+end does not trust that argument: it counts sampled tokens over many seeds against the exact
+distribution.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def decoder(request, folder):
 def run(engine, jobs, prefix=(), length=60):
     for name, params in jobs.items():
         rng = random.Random(name)
-        prompt = (*prefix, *(rng.randrange(VOCAB) for _ in range(rng.randint(20, 90))))
+        prompt = (*prefix, *(rng.randrange(VOCAB) for _ in range(length)))
         params = SamplingParams(**{"max_tokens": 40, "logprobs": 2, **params})
         engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
     found = {}

@@ -246,7 +246,7 @@ def test_a_failing_drafter_loses_only_its_drafts(harness, monkeypatch, greedy, m
     assert calls
     if method != "finish":
         assert len(h.decoder.steps) < 20  # the good one's drafts were used
-    if method in ("start", "propose"):
+    if len(calls) >= 8:
         assert h.engine.speculator.drafters == [good]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import mul
 from typing import Protocol
 
 from sterna.engine.sequence import Sequence
@@ -26,7 +25,7 @@ class Draft:
     @property
     def expected_accepted(self) -> float:
         """Tokens expected to survive verification: the sum of the prefixes' probabilities."""
-        return float(sum(accumulate(self.probs, mul)))
+        return sum(accumulate(self.probs, lambda path, prob: path * prob))
 
 
 class Drafter(Protocol):
