@@ -209,22 +209,30 @@ class Runner:
     @torch.inference_mode()
     def run_probe(self, num_tokens: int) -> None:
         """A forward of one prompt chunk, to be timed. Only while no sequence holds a block."""
+        self._probe(num_tokens, 0, 1)
+
+    @torch.inference_mode()
+    def run_verify_probe(self, num_rows: int, num_keys: int) -> None:
+        """As `run_probe`, a decode with drafts: `num_rows` output rows behind `num_keys` keys."""
+        self._probe(num_rows, num_keys, num_rows)
+
+    def _probe(self, num_tokens: int, num_keys: int, num_rows: int) -> None:
         buffers, size = self.buffers, self.block_size
-        at = self._offsets[:num_tokens]
+        at = self._offsets[:num_tokens] + num_keys
         buffers.tokens[:num_tokens] = 0
         buffers.positions[:num_tokens] = at
         buffers.slots[:num_tokens] = at + size  # block 1 and up
         buffers.query_starts[:2] = (0, num_tokens)
-        buffers.context_lens[0] = num_tokens
-        buffers.output_rows[0] = num_tokens - 1
-        buffers.output_starts[:2] = (0, 1)
-        num_blocks = -(-num_tokens // size)
+        buffers.context_lens[0] = num_keys + num_tokens
+        buffers.output_rows[:num_rows] = self._offsets[num_tokens - num_rows : num_tokens]
+        buffers.output_starts[:2] = (0, num_rows)
+        num_blocks = -(-(num_keys + num_tokens) // size)
         buffers.block_tables[0] = 0
         buffers.block_tables[0, :num_blocks] = np.arange(1, num_blocks + 1)
         if self.captured is not None:
-            self.captured(num_tokens, 1, 1)
+            self.captured(num_tokens, num_rows, 1)
         else:
-            _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, 1))))
+            _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, num_rows))))
 
     def _batch_of(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
         num_tokens = int(self.buffers.query_starts[len(chunks)])

@@ -10,13 +10,21 @@ durations can be compared. Decisions use ratios only, in which it cancels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sterna.core.log import get_logger
+from sterna.core.rundir import home, write_atomic
+
+log = get_logger(__name__)
 
 # Sizes timed at start. Matrix kernels change their blocking at 4 and 8 rows.
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 LIMIT_S = 1.0
 ROUNDS = 5
@@ -84,6 +92,33 @@ def measure_cost(run: Callable[[int, int], None], max_rows: int, max_context: in
             seconds = max(time.perf_counter() - start, 1e-9)
             best[job] = min(best.get(job, seconds), seconds)
     return StepCost(_points(best, sizes, short, long))
+
+
+def load_cost(key: str) -> StepCost | None:
+    """What was measured earlier under `key`, or None (also when the file is damaged)."""
+    try:
+        kept = json.loads(_path(key).read_text())["points"]
+        points = [
+            CostPoint(int(p["num_rows"]), float(p["seconds"]), float(p["per_key"])) for p in kept
+        ]
+        is_sound = points[0].num_rows == 1 and all(p.seconds > 0 <= p.per_key for p in points)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return StepCost(points) if is_sound else None
+
+
+def save_cost(key: str, cost: StepCost) -> None:
+    """Keep a measurement. A folder that cannot be written costs a new one next time."""
+    data = {"key": key, "points": [asdict(point) for point in cost.points]}
+    try:
+        write_atomic(_path(key), json.dumps(data, indent=1))
+    except OSError as error:
+        log.warning("measured step costs are not kept: %s", error)
+
+
+def _path(key: str) -> Path:
+    name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    return home() / "stepcost" / f"{name}.json"
 
 
 def _points(
