@@ -110,6 +110,11 @@ class Engine:
         return bool(self._requests)
 
     @property
+    def drafter_names(self) -> list[str]:
+        """Who guesses tokens; empty without speculation."""
+        return [] if self.speculator is None else [d.name for d in self.speculator.drafters]
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self.scheduler.running)

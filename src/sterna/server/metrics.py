@@ -56,7 +56,7 @@ class ServerMetrics:
         )
         self._accepted_at = self._by_source(
             "spec_decode_num_accepted_tokens_per_pos",
-            "The same, by place in the draft.",
+            "By place in the draft.",
             "position",
         )
         self._success = Counter(
