@@ -148,7 +148,7 @@ class ModelDrafter:
             _follow(each.shadow, each.seq.output)
         left = MAX_CATCH_UP
         steps: list[tuple[Growing, Chunk]] = []
-        for each in growing:
+        for each in sorted(growing, key=lambda each: each.shadow.num_remaining):
             chunk = self._catch_up(each.shadow, left)
             if chunk is not None:
                 steps.append((each, chunk))
