@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.kernels import ops
+from sterna.kernels.scores import PLAIN, Distribution
 
 IGNORE = -100
 CHUNK_ROWS = 2048
@@ -35,6 +36,7 @@ class HeadSettings:
     softcap: float = 0.0
     scale: float = 1.0
     chunk_rows: int | None = None
+    distribution: Distribution = PLAIN  # of the log-probs; other losses take all of it
 
 
 @dataclass(slots=True)
