@@ -13,7 +13,7 @@ from sterna.data.pack import IGNORE
 from sterna.engine.sampler import token_logprob
 from sterna.kernels import ops
 from sterna.kernels.load import load_kernels
-from sterna.train.longseq import chunks, head
+from sterna.train.longseq import config, head
 
 T, D, V = 13, 6, 11
 F64 = 1e-12  # sums of a few hundred terms near 1
@@ -238,7 +238,7 @@ def test_a_target_beyond_the_vocabulary_is_refused():
 
 def test_a_chunk_never_exceeds_its_bytes():
     for vocab in (1_000, 49_152, 128_256, 10**9):
-        rows = chunks.chunk_rows_of(vocab)
-        assert 1 <= rows <= chunks.CHUNK_ROWS
-        assert rows == 1 or rows * vocab * 4 <= chunks.CHUNK_BYTES
-    assert chunks.chunk_rows_of(128_256, 7) == 7
+        rows = config.chunk_rows_of(vocab)
+        assert 1 <= rows <= config.CHUNK_ROWS
+        assert rows == 1 or rows * vocab * 4 <= config.CHUNK_BYTES
+    assert config.chunk_rows_of(128_256, 7) == 7
