@@ -13,7 +13,7 @@ from sterna.data.pack import IGNORE
 from sterna.engine.sampler import token_logprob
 from sterna.kernels import ops
 from sterna.kernels.load import load_kernels
-from sterna.train.longseq import config, head
+from sterna.train.longseq import chunks, config, head
 
 T, D, V = 13, 6, 11
 F64 = 1e-12  # sums of a few hundred terms near 1
