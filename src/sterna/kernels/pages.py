@@ -33,7 +33,7 @@ def restore(tensor: Tensor) -> None:
     """Make a discarded tensor usable again; its content is zeros."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0 and tensor.numel():
-        storage.resize_((tensor.storage_offset() + tensor.numel()) * tensor.element_size())
+        storage.resize_(int(tensor.storage_offset() + tensor.numel()) * tensor.element_size())
         tensor.zero_()
 
 

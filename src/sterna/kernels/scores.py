@@ -80,7 +80,7 @@ def _native(
     addresses = (logits, rows, ids, floats[0], top_k, floats[1], floats[2], *out)
     probs = logits.ctypes.data if wants_probs else 0
     kernels.score(*(a.ctypes.data for a in addresses), probs, count, vocab)
-    return Scores(*out, logits if wants_probs else None)
+    return Scores(out[0], out[1], out[2], logits if wants_probs else None)
 
 
 def reference_score(
@@ -102,7 +102,7 @@ def reference_score(
         out[:, i] = logprob, log_sum - float(weighted) / total, log_sum
         if wants_probs:
             row[:] = p / total
-    return Scores(*out, logits if wants_probs else None)
+    return Scores(out[0], out[1], out[2], logits if wants_probs else None)
 
 
 def weights(

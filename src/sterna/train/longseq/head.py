@@ -36,7 +36,6 @@ from torch.autograd.function import once_differentiable
 
 from sterna.core.errors import KernelError
 from sterna.kernels.scores import PLAIN, Distribution, score
-from sterna.train.longseq.chunks import IGNORE as IGNORE
 from sterna.train.longseq.chunks import (
     Gradients,
     Head,
