@@ -107,7 +107,7 @@ def test_start_is_idempotent_and_takes_output_once(make, tree_kind):
 
 
 def test_longer_matches_are_believed_more_and_draft_longer(tree_kind):
-    drafter = SuffixDrafter()
+    drafter = SuffixDrafter(min_prob=0.3)
     text = list(range(100, 140))
     short, long = FakeSeq([*text, 1, 2, 3]), FakeSeq([*text, 1, 2, 3])
     for seq, tail in ((short, text[10:12]), (long, text[4:12])):
