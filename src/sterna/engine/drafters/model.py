@@ -31,7 +31,7 @@ from sterna.text.tokenizer import Tokenizer, load_tokenizer
 BLOCK_SIZE: Final = 16
 # Tokens of prompts computed in one proposal: about one prompt chunk of the engine itself.
 MAX_CATCH_UP: Final = 256
-# Its KV cache at most: 24,000 tokens of a model with 2 layers of SmolLM2-135M's width take 37 MB.
+# Its KV cache at most. Two layers of SmolLM2-135M's width take 1.5 KB a token.
 MAX_KV_BYTES: Final = 256 << 20
 
 
@@ -148,7 +148,7 @@ class ModelDrafter:
             _follow(each.shadow, each.seq.output)
         left = MAX_CATCH_UP
         steps: list[tuple[Growing, Chunk]] = []
-        for each in growing:
+        for each in sorted(growing, key=lambda each: each.shadow.num_remaining):
             chunk = self._catch_up(each.shadow, left)
             if chunk is not None:
                 steps.append((each, chunk))

@@ -3,7 +3,7 @@
 SuffixDecoding (arXiv 2411.04975). Each request has a tree of its prompt and its samples' outputs;
 one more tree holds outputs of current and past requests, never prompts, with a root a tenant
 (`cache_salt`), so that no draft tells one tenant what another was answered. The trees are those of
-suffix_tree.h; what they cost is in docs/speculation.md.
+suffix_tree.h; `bench/drafters.py` measures what they cost and what is accepted.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ class PastOutputs:
 
 class SuffixDrafter:
     """See the module docstring. Memory: `max_bytes` for past outputs (0 = none are kept), and about
-    100 bytes a token of the requests in flight.
+    130 bytes a token of the requests in flight.
+
+    Paths below `min_prob` are not drafted: far below what pays, for the speculator corrects the
+    probabilities by what is accepted, and in text that is copied they prove too low.
 
     `path`: where past outputs are kept over restarts. `identity` names the model and tokenizer
     they belong to; a file of another one, or a damaged one, is refused by name in the log and
@@ -102,7 +105,7 @@ class SuffixDrafter:
         *,
         max_depth: int = 64,
         max_bytes: int = 256 << 20,
-        min_prob: float = 0.1,
+        min_prob: float = 0.03,
         path: Path | None = None,
         identity: str = "",
     ) -> None:

@@ -16,7 +16,7 @@ log = get_logger(__name__)
 
 # How many occurrences a token must have to be believed, divided by the length of the match: see
 # suffix_draft.cpp. Fitted by `bench/drafters.py`.
-ESCAPE = 2.0
+ESCAPE = 4.0
 # A node a token and depth in Python: what a long match would tell is given up.
 REFERENCE_DEPTH = 8
 

@@ -7,7 +7,7 @@
 namespace sterna {
 
 // The seed keeps clients from choosing tokens that collide.
-ChildMap::ChildMap() : entries_(64, Entry{NONE, NONE, 0}) {
+ChildMap::ChildMap() : entries_(MIN_ENTRIES, Entry{NONE, NONE, 0}) {
   std::random_device random;
   seed_ = (uint64_t(random()) << 32) | random();
 }
@@ -35,7 +35,7 @@ void ChildMap::set(uint32_t parent, int32_t token, uint32_t child) {
   Entry& entry = entries_[slot(parent, token)];
   bool is_new = entry.child == NONE;
   entry = Entry{parent, child, token};
-  if (is_new && ++size_ * 3 > entries_.size() * 2) grow();
+  if (is_new && ++size_ * 3 > entries_.size() * 2) resize(entries_.size() * 2);
 }
 
 void ChildMap::erase(uint32_t parent, int32_t token) {
@@ -49,10 +49,11 @@ void ChildMap::erase(uint32_t parent, int32_t token) {
     hole = i;
   }
   entries_[hole].child = NONE;
+  if (entries_.size() > MIN_ENTRIES && size_ * 8 < entries_.size()) resize(entries_.size() / 2);
 }
 
-void ChildMap::grow() {
-  std::vector<Entry> old(entries_.size() * 2, Entry{NONE, NONE, 0});
+void ChildMap::resize(size_t num_entries) {
+  std::vector<Entry> old(num_entries, Entry{NONE, NONE, 0});
   old.swap(entries_);
   for (const Entry& entry : old)
     if (entry.child != NONE) entries_[slot(entry.parent, entry.token)] = entry;

@@ -68,7 +68,8 @@ class ChildMap {
   struct Entry { uint32_t parent, child; int32_t token; };
   size_t home(uint32_t parent, int32_t token) const;
   size_t slot(uint32_t parent, int32_t token) const;  // its entry, or the free one it would take
-  void grow();
+  void resize(size_t num_entries);  // a power of two
+  static constexpr size_t MIN_ENTRIES = 64;
   std::vector<Entry> entries_;
   size_t size_ = 0;
   uint64_t seed_;
