@@ -54,6 +54,10 @@ class ModelFileError(ModelError):
     exit_code = 4
 
 
+class DraftCacheError(ModelFileError):
+    """A file of past outputs that is damaged or belongs to another model; names the file."""
+
+
 class UnsupportedModelError(ModelError):
     """The file is sound but its architecture, tensor type or option is not supported."""
 

@@ -15,6 +15,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace sterna;
 
+void bind_suffix_tree(nb::module_& m);  // suffix_bind.cpp
+
 namespace {
 
 template <class T>
@@ -234,6 +236,7 @@ NB_MODULE(_cpu, m) {
     PackArgs args{ptr<void>(weight), ptr<void>(out), rows, cols, elem_bytes};
     self.each((rows + PANEL - 1) / PANEL, [&](int panel) { pack_panel_unit(args, panel); });
   }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
+  bind_suffix_tree(m);
   bind_row_ops(k);
   bind_matrix_ops(k);
   bind_quant_ops(k);
