@@ -241,6 +241,8 @@ class Engine:
         self._committer.advance(forward)
         self._committer.end_without_tokens([d for d in draws if not d.seq.state.max_output])
         draws = [draw for draw in draws if draw.seq.state.max_output]
+        if self.speculator is not None:
+            self.speculator.see(forward.logits.hidden)
         num_tokens = self._committer.append(draws, choose_isolated(forward.logits.values, draws))
         self._restart_tainted(forward.logits, draws)
         if self.speculator is not None:

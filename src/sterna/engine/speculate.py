@@ -20,9 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from torch import Tensor
+
 from sterna.core.log import get_logger
 from sterna.engine.config import EngineConfig
-from sterna.engine.drafters.base import Draft, Drafter
+from sterna.engine.drafters.base import Draft, Drafter, ReadsHidden
 from sterna.engine.request import DraftResult
 from sterna.engine.sequence import Sequence as EngineSequence
 from sterna.engine.stepcost import StepCost
@@ -88,6 +90,7 @@ class Speculator:
         self._pending: dict[EngineSequence, Draft] = {}
         self._excluded: set[EngineSequence] = set()
         self._results: list[DraftResult] = []
+        self._hidden: Tensor | None = None
 
     def propose(self, scheduler: Scheduler) -> None:
         """Set `draft` of the running decodes for the next step."""
@@ -119,12 +122,19 @@ class Speculator:
         for drafter in list(self.drafters):
             self._guarded(drafter, drafter.start, seq)
 
-    def extend(self, seq: EngineSequence, tokens: list[int], num_drafts: int) -> None:
+    def see(self, hidden: Tensor | None) -> None:
+        """The hidden states of a step's output rows, before its tokens are committed."""
+        self._hidden = hidden
+
+    def extend(self, seq: EngineSequence, tokens: list[int], num_drafts: int, row: int) -> None:
         """See commit.Listener."""
         draft = self._pending.pop(seq, None)
         if draft is not None and num_drafts:
             self._note_result(seq, draft, tokens, num_drafts)
         for drafter in list(self.drafters):
+            if isinstance(drafter, ReadsHidden) and self._hidden is not None:
+                states = self._hidden[row : row + len(tokens)]
+                self._guarded(drafter, drafter.observe, seq, states)
             self._guarded(drafter, drafter.extend, seq, tokens)
 
     def finish(self, seq: EngineSequence) -> None:

@@ -20,12 +20,17 @@ one length before, and the drafts' logits are its head on out_proj(state). The f
 few megabytes, and an engine drafts with the head it has, quantised or not. Otherwise the
 speculator has a table and a head of its own.
 
+`draft_tokens` lists the tokens that drafts choose from (none = all): the head, which is most of a
+draft's cost in a small model, is then read for these alone (FR-Spec, arXiv 2502.14856). A draft
+outside of them is never right, which is what the others are paid with.
+
 A checkpoint is a folder: model.safetensors with the names below, config.json with architectures
 ["SternaSpeculator"] and a section `speculator` (SpeculatorConfig and the target's family).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -42,7 +47,7 @@ from sterna.model.hf_weights import SafetensorsSource
 from sterna.model.load import DTYPES, DTypeName
 
 ARCHITECTURE, SECTION, VERSION = "SternaSpeculator", "speculator", 1
-_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,20 @@ class SpeculatorConfig:
     scales_input: bool = True
     shares_base: bool = True
     base_family: str = ""
+    draft_tokens: tuple[int, ...] = ()  # what drafts choose from, ascending; () = the vocabulary
+
+    def __post_init__(self) -> None:
+        ids = self.draft_tokens
+        is_rising = all(a < b for a, b in itertools.pairwise(ids))
+        if ids and not (is_rising and 0 <= ids[0] and ids[-1] < self.vocab_size):
+            raise ConfigError(
+                f"draft_tokens must be ascending ids in [0, {self.vocab_size}); train a new one"
+            )
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the drafts' head."""
+        return len(self.draft_tokens) or self.vocab_size
 
     def check_base(self, base: Decoder) -> None:
         """ConfigError when `base` is not of the target's shape."""
@@ -84,7 +103,7 @@ class ShiftedNorm(nn.Module):
 
 def _unit_rms(x: Tensor) -> Tensor:
     wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 class Speculator(nn.Module):
@@ -106,7 +125,10 @@ class Speculator(nn.Module):
             self.out_proj = nn.Linear(inner, hidden, bias=False)
         else:
             self.emb = nn.Embedding(config.vocab_size, inner)
-            self.head = nn.Linear(inner, config.vocab_size, bias=False)
+            self.head = nn.Linear(inner, config.num_outputs, bias=False)
+        self.draft_ids: Tensor | None
+        ids = torch.tensor(config.draft_tokens, dtype=torch.int32) if config.draft_tokens else None
+        self.register_buffer("draft_ids", ids, persistent=False)
         state_share = 0.5 ** (0.5 / config.num_drafts)
         self.emb_scale = ((1 - state_share**2) * inner / 2) ** 0.5 / state_share
 
@@ -160,8 +182,22 @@ class Speculator(nn.Module):
         return out
 
     def head_weight(self, base_head: Tensor) -> Tensor:
-        """The drafts' head: an own one, or the target's."""
-        return base_head if self.head is None else self.head.weight
+        """The drafts' head [num_outputs, .]: an own one, or the target's rows."""
+        if self.head is not None:
+            return self.head.weight
+        return base_head if self.draft_ids is None else base_head[self.draft_ids]
+
+    def tokens_of(self, outputs: Tensor) -> Tensor:
+        """Rows of the head -> token ids."""
+        return outputs if self.draft_ids is None else self.draft_ids[outputs].to(outputs.dtype)
+
+    def outputs_of(self, tokens: Tensor, missing: int) -> Tensor:
+        """Token ids -> rows of the head; `missing` for what no draft can be, negative ids too."""
+        if self.draft_ids is None:
+            return tokens
+        at = torch.searchsorted(self.draft_ids, tokens).clamp(max=len(self.draft_ids) - 1)
+        is_there = self.draft_ids[at] == tokens
+        return torch.where(is_there, at.to(tokens.dtype), torch.full_like(tokens, missing))
 
     def states(self, hidden: Tensor, inputs: Sequence[Tensor], base_table: Tensor) -> list[Tensor]:
         """Every draft's state [T, d], given the tokens before each ([T] each)."""
@@ -187,12 +223,22 @@ def load_speculator(
 ) -> Speculator:
     """The speculator of a folder. ModelFileError for another kind of folder or a damaged one."""
     path = folder / "config.json"
-    section = _section(path)
-    names = {field.name for field in fields(SpeculatorConfig)}
-    config = SpeculatorConfig(**{key: section[key] for key in names})
+    config = read_speculator_config(path)
     speculator = Speculator(config)
     fill(speculator, folder)
     return speculator.to(device=device, dtype=DTYPES[dtype])
+
+
+def read_speculator_config(path: Path) -> SpeculatorConfig:
+    """Of a config.json. ModelFileError for another kind of folder."""
+    section = _section(path)
+    known = {field.name: field for field in fields(SpeculatorConfig)}
+    values = {key: section[key] for key in known if key in section}
+    values["draft_tokens"] = tuple(values.get("draft_tokens", ()))  # absent in older folders
+    try:
+        return SpeculatorConfig(**values)
+    except (TypeError, ConfigError) as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ Kernel<ScoreArgs> score_kernel();
 Kernel<QuantLinearArgs> quant_linear_kernel();
 Kernel<QuantEmbedArgs> quant_embed_kernel();
 Kernel<QuantRowsArgs> quant_rows_kernel();
+Kernel<DraftCellArgs> draft_cell_kernel();
+Kernel<PickArgs> pick_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

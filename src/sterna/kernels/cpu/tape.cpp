@@ -19,9 +19,12 @@ const auto& kernel(const KernelTable& t, const ScoreArgs&) { return t.score; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
+const auto& kernel(const KernelTable& t, const DraftCellArgs&) { return t.draft_cell; }
+const auto& kernel(const KernelTable& t, const PickArgs&) { return t.pick; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed", "quant_rows"};
+                                 "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed", "quant_rows",
+                                 "draft_cell", "pick"};
 
 }  // namespace
 

@@ -8,7 +8,8 @@
 namespace sterna {
 
 using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, ActivateArgs, SelectArgs, RopeArgs,
-                          AttentionArgs, AttentionGradArgs, DrawArgs, ScoreArgs, QuantLinearArgs, QuantEmbedArgs, QuantRowsArgs>;
+                          AttentionArgs, AttentionGradArgs, DrawArgs, ScoreArgs, QuantLinearArgs, QuantEmbedArgs, QuantRowsArgs,
+                          DraftCellArgs, PickArgs>;
 
 // Owns the calls, not the memory they point to: the recorder keeps that alive.
 class Tape {
