@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.parity.test_hf import CASES, batch_of, documents, grads, new_model, targets_of
 from torch.nn import functional as F
 
-from sterna.core.errors import UnsupportedModelError
 from sterna.model.hf import HFDecoder
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
-from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.longseq.head import chunked_cross_entropy
-from tests.parity.test_hf import CASES, batch_of, documents, grads, new_model, targets_of
 
 EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe"}
 TIERS = [{"tier": "memory"}, {"tier": "disk", "every": 2}]

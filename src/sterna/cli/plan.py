@@ -70,10 +70,10 @@ def plan(
         Print one JSON object.
     """
     from sterna.train import plan as planner
-    from sterna.train.memory import Job, Shape
+    from sterna.train.memory import Job
 
     setup_logging("WARNING")
-    shape = Shape.of(_config(model))
+    shape = _shape(model)
     machines = _machines(gpus, nodes, hbm, host_ram, disk, tflops)
     job = Job(
         seq_len, 2 if dtype == "bfloat16" else 4, states, master, micro_batches > 1,
@@ -90,18 +90,28 @@ def plan(
     return 1 if reasons else 0
 
 
-def _config(model: str) -> Any:
+def _shape(model: str) -> Any:
+    """The sizes of a native model, else of one behind transformers."""
+    from sterna.core.errors import UnsupportedModelError
     from sterna.model.config import parse_config
     from sterna.model.hub import resolve_model
     from sterna.model.load import open_checkpoint
+    from sterna.train.foreign_shape import shape_of_folder
+    from sterna.train.memory import Shape
 
     path = Path(model)
-    if model.endswith(".json") and path.is_file():
-        try:
-            return parse_config(json.loads(path.read_text()), model)
-        except ValueError as error:
-            raise ConfigError(f"{model}: not valid JSON ({error})") from error
-    return open_checkpoint(resolve_model(model))[0]
+    is_config = model.endswith(".json") and path.is_file()
+    path = path if is_config else resolve_model(model)
+    try:
+        if is_config:
+            return Shape.of(parse_config(json.loads(path.read_text()), model))
+        return Shape.of(open_checkpoint(path)[0])
+    except ValueError as error:
+        raise ConfigError(f"{model}: not valid JSON ({error})") from error
+    except UnsupportedModelError:
+        if path.suffix == ".gguf":
+            raise
+        return shape_of_folder(path)
 
 
 def _machines(

@@ -50,7 +50,7 @@ class HFConfig:
     hf: Any  # transformers' own config
 
 
-class Captured(Exception):  # noqa: N818 - no error: it ends a layer's forward at its attention
+class Captured(Exception):
     """What attention was given, while `AttentionContext.captures`."""
 
     def __init__(self, qkv: Tensor, options: AttentionOptions) -> None:

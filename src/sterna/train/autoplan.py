@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sterna.core.log import get_logger
@@ -22,14 +20,13 @@ def is_chosen(settings: LongseqSection) -> bool:
     return bool(_CHOICES & set(settings.model_dump(exclude_defaults=True)))
 
 
-def chosen(recipe: Recipe, config: Any, sp: int, shards: int) -> LongseqSection:
+def chosen(recipe: Recipe, shape: Shape, sp: int, shards: int) -> LongseqSection:
     """The fastest rung whose predicted peak fits into the memory that is free now.
 
     The most frugal one, with a warning, when none does.
     """
     job = job_of(recipe)
     free = free_memory(recipe.model.device)
-    shape = Shape.of(config)
     rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1))
     for settings in rungs:
         peak = estimate(shape, job, settings, Layout(sp, shards)).peak * (1 + MEMORY_ERROR)

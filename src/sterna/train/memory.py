@@ -43,10 +43,13 @@ class Shape:
     is_tied: bool
     gates: int = 2  # matrices before the activation: gate and up, or up alone
     positions: int = 0  # rows of the rope tables
+    counted_block: int = 0  # weights of a block and of the tables where they were counted, as of
+    counted_tables: int = 0  # models behind transformers (foreign_shape.py); 0 = by these sizes
+    is_foreign: bool = False  # transformers' code: autograd keeps more of it
 
     @staticmethod
     def of(config: Any) -> Shape:
-        """From a ModelConfig."""
+        """From a ModelConfig; for models behind transformers see foreign_shape.py."""
         return Shape(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size,
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
@@ -67,13 +70,15 @@ class Shape:
     @property
     def block_weights(self) -> int:
         """Weights of one block, norms included."""
+        if self.counted_block:
+            return self.counted_block
         matrices = self.qkv + self.attention + (self.gates + 1) * self.inner
         return self.hidden * (matrices + 2)
 
     @property
     def table_weights(self) -> int:
         """Weights of the embedding and, where it has its own, of the head."""
-        return self.vocab * self.hidden * (1 if self.is_tied else 2)
+        return self.counted_tables or self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
     def weights(self) -> int:

@@ -31,7 +31,7 @@ from sterna.train.adapter_config import AdapterConfig
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.head import chunked_cross_entropy
-from sterna.train.spread import spread
+from sterna.train.spread import shards_of, spread, without_refused
 from sterna.train.step import TrainStep
 from sterna.train.trialmodel import TrialModel, make_model
 
@@ -146,9 +146,13 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     if trial.adapter is not None:
         add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
         _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
-    is_cut = spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    parallel = ParallelConfig(**trial.parallel)
+    is_cut = shards_of(parallel, mesh).size > 1
     if trial.longseq:
-        apply_longseq(model, LongseqSection(**trial.longseq), is_sharded=is_cut)
+        settings = LongseqSection(**trial.longseq)
+        settings = without_refused(model, settings) if settings.auto else settings
+        apply_longseq(model, settings, is_sharded=is_cut)
+    spread(model, parallel, mesh)
     return model, is_cut
 
 

@@ -184,9 +184,7 @@ class _Checkpoint(torch.autograd.Function):
         return (None, grad, None, None, *(g for own in found for g in own))
 
 
-def _run(
-    blocks: Sequence[LongBlock], h: Tensor, batch: Batch | None, tables: list[Any]
-) -> Tensor:
+def _run(blocks: Sequence[LongBlock], h: Tensor, batch: Batch | None, tables: list[Any]) -> Tensor:
     for block, table in zip(blocks, tables, strict=True):
         h = block.run(h, batch, table)
     return h

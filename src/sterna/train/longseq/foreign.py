@@ -1,16 +1,17 @@
 """Checkpoints and tiles for models behind transformers: each layer is cut at its attention.
 
-A transformers layer is one forward: norms, projections, attention, MLP and residuals in the family's
-own order. Its attention goes through the registry (model/hf.py), and there it can be cut without
-knowing the rest:
+A transformers layer is one forward: norms, projections, attention, MLP and residuals in its own
+order. Its attention goes through the registry (model/hf.py), and there it can be cut without knowing
+the rest:
 
     front(h)     the layer's forward, ended at attention by an exception that carries q, k, v
     back(h, o)   the layer's forward, with o in the place of what attention would return
 
-Both are the layer's own code on a tile of rows, so blocks.py does the rest, and no pattern of module
-names is needed. back computes q, k, v for nothing and frees them at once: 11 % of the layer's
-weights of Llama-8B, in the tiled forward and once in the backward. A tile is right only where the
-layer works row by row beside its attention: foreign_proof.py proves that before the first batch.
+Both are the layer's own code on a tile of rows, so blocks.py does the rest, and no pattern of
+module names is needed. back computes q, k, v for nothing and frees them at once: 11 % of the
+layer's weights of Llama-8B, in the tiled forward and once in the backward. A tile is right only
+where the layer works row by row beside its attention: foreign_proof.py proves that before the first
+batch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Proof, before the first batch, that a transformers model may be cut into tiles and checkpoints.
 
-Each kind of layer is copied in float64 and run on a probe of two short documents: once as it is, and
-once cut at its attention with every enabled half in two tiles. Output, gradient of the input and
-gradient of every weight have to agree to 1e-6. The float64 is there so that nothing but the cut can
-differ; layers with quantised weights stay in the model's dtype, with its tolerance.
+Each kind of layer is copied in float64 and run on a probe of two short documents: once as it is,
+and once cut at its attention with every enabled half in two tiles. Output, gradient of the input
+and gradient of every weight have to agree to 1e-6. The float64 is there so that nothing but the cut
+can differ; layers with quantised weights stay in the model's dtype, with its tolerance.
 
-Layers with experts are refused for mlp_tile whatever a probe says: which rows share an expert depends
-on the tile, so a capacity limit, or noise in the routing, shows only on rows longer than any probe;
-and every tile would hold a gradient of all experts. Checkpoints and attention_tile are theirs too.
+Layers with experts are refused for mlp_tile whatever a probe says: which rows share an expert
+depends on the tile, so a capacity limit, or noise in the routing, shows only on rows longer than
+any probe; and every tile would hold a gradient of all experts. Checkpoints and attention_tile are
+theirs too.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def prove_layers(decoder: HFDecoder, settings: LongseqSection) -> list[int]:
     experts = experts_of(decoder)
     if experts and settings.mlp_tile:
         raise UnsupportedModelError(
-            f"longseq.mlp_tile = {settings.mlp_tile} is refused for {type(decoder.model).__name__}: "
-            f"its {experts} sends rows to experts, which a tiny input cannot prove to be done row by "
-            "row at every length; set longseq.mlp_tile = 0 (checkpoints and attention_tile work)",
+            f"longseq.mlp_tile = {settings.mlp_tile} is refused for "
+            f"{type(decoder.model).__name__}: its {experts} sends rows to experts, which a tiny "
+            "input cannot prove to be done row by row at every length; set longseq.mlp_tile = 0 "
+            "(checkpoints and attention_tile work)",
             param="longseq.mlp_tile",
         )
     batch, seen = _record(decoder)
