@@ -176,6 +176,8 @@ def _chosen(decoder: AnyDecoder, config: AdapterConfig) -> list[Target]:
     if any(True for _ in adapted_modules(decoder)):
         raise ConfigError("this model has an adapter already; merge it first")
     _check_layers(decoder, config)
+    if ALL_LINEAR in config.targets:
+        _refuse_experts(decoder)
     for word in config.targets:
         _check_word(word, targets)
     return [
@@ -184,6 +186,18 @@ def _chosen(decoder: AnyDecoder, config: AdapterConfig) -> list[Target]:
         if any(_is_named(target.span, word) for word in config.targets)
         and (not config.layers or layer_of(target.module) in config.layers)
     ]
+
+
+def _refuse_experts(decoder: AnyDecoder) -> None:
+    """ConfigError where all-linear would leave out weights that are no linear modules."""
+    names = decoder.named_parameters() if isinstance(decoder, HFDecoder) else ()
+    stacked = next((name for name, p in names if p.dim() > 2), None)
+    if stacked is not None:
+        raise ConfigError(
+            f"adapter target {ALL_LINEAR!r}: {stacked} holds all experts in one tensor, which no "
+            "adapter is put on; name what is adapted, such as q_proj, v_proj",
+            param="adapter.targets",
+        )
 
 
 def _check_word(word: str, targets: list[Target]) -> None:

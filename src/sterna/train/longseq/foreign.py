@@ -1,8 +1,8 @@
 """Checkpoints and tiles for models behind transformers: each layer is cut at its attention.
 
 A transformers layer is one forward: norms, projections, attention, MLP and residuals in its own
-order. Its attention goes through the registry (model/hf.py), and there it can be cut without knowing
-the rest:
+order. Its attention goes through the registry (model/hf.py), and there it can be cut without
+knowing the rest:
 
     front(h)     the layer's forward, ended at attention by an exception that carries q, k, v
     back(h, o)   the layer's forward, with o in the place of what attention would return
