@@ -5,6 +5,7 @@ A checkpoint holds the adapter alone, as PEFT's files; the final model is the me
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,6 @@ from sterna.model.decoder import Decoder
 from sterna.model.hf import HFDecoder, load_hf
 from sterna.model.hub import resolve_model
 from sterna.parallel.mesh import Mesh
-from sterna.quant.file import FILE_NAME
 from sterna.quant.foreign import quantize_foreign
 from sterna.quant.formats import parse_format
 from sterna.quant.linear import dequantize_decoder
@@ -70,12 +70,19 @@ def _base(recipe: Recipe, path: Path, mesh: Mesh) -> Decoder | HFDecoder:
         decoder = load_quantized(path, settings.dtype, mesh.device, settings.weights).decoder
         dequantize_decoder(decoder, _PLAIN)
         return decoder
-    if (path / FILE_NAME).exists():
-        raise UnsupportedModelError(
-            f"{path}: {FILE_NAME} is read by native families only; give the plain model and "
-            "model.weights, which rounds it at load"
-        )
+    _refuse_quantised(path)
     foreign = load_hf(path, settings.dtype, mesh.device)
     if settings.weights not in (AUTO, PLAIN):
         quantize_foreign(foreign, parse_format(settings.weights))
     return foreign
+
+
+def _refuse_quantised(path: Path) -> None:
+    """Files of codes are read by native families alone."""
+    file = path / "config.json"
+    stored = json.loads(file.read_text()).get("quantization_config") if file.is_file() else None
+    if stored:
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({stored.get('quant_method')}), which only native "
+            "families read; give the plain model, and model.weights to round it at load"
+        )
