@@ -76,11 +76,18 @@ def prove_layers(decoder: HFDecoder, settings: LongseqSection) -> list[int]:
     batch, seen = _record(decoder)
     proven: set[str] = set()
     for layer, what in zip(decoder.layers, seen, strict=True):
-        kind = f"{layer!r} {getattr(layer, 'attention_type', '')}"
+        kind = _kind(layer)
         if kind not in proven:
             _prove(decoder, layer, what, batch, settings)
             proven.add(kind)
     return [len(what.output) if isinstance(what.output, tuple) else 0 for what in seen]
+
+
+def _kind(layer: nn.Module) -> str:
+    """Alike for layers of the same code: modules, sizes, and what was put on single ones."""
+    own = [id(vars(m)["forward"]) for m in layer.modules() if "forward" in vars(m)]
+    hooked = [n for n, m in layer.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    return f"{layer!r} {getattr(layer, 'attention_type', '')} {own} {hooked}"
 
 
 @contextmanager
