@@ -73,7 +73,7 @@ def plan(
     from sterna.train.memory import Job
 
     setup_logging("WARNING")
-    shape = _shape(model)
+    shape = _shape(model, dtype)
     machines = _machines(gpus, nodes, hbm, host_ram, disk, tflops)
     job = Job(
         seq_len, 2 if dtype == "bfloat16" else 4, states, master, micro_batches > 1,
@@ -90,7 +90,7 @@ def plan(
     return 1 if reasons else 0
 
 
-def _shape(model: str) -> Any:
+def _shape(model: str, dtype: str) -> Any:
     """The sizes of a native model, else of one behind transformers."""
     from sterna.core.errors import UnsupportedModelError
     from sterna.model.config import parse_config
@@ -111,7 +111,7 @@ def _shape(model: str) -> Any:
     except UnsupportedModelError:
         if path.suffix == ".gguf":
             raise
-        return shape_of_folder(path)
+        return shape_of_folder(path, dtype)
 
 
 def _machines(

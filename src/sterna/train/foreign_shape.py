@@ -6,47 +6,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sterna.core.errors import ModelFileError
+from sterna.model.hf import HFDecoder
+from sterna.train.longseq.foreign_graph import graph_widths
 from sterna.train.memory import Shape
 
 
-def foreign_shape(model: Any) -> Shape:
-    """Of a transformers model, whose weights may be on the meta device."""
+def foreign_shape(decoder: HFDecoder) -> Shape:
+    """Of a model behind transformers, whose weights may be on the meta device."""
+    model = decoder.model
     config = model.config.get_text_config()
-    layers, vocab = int(config.num_hidden_layers), int(config.vocab_size)
-    block, own = _counts(model, layers)
-    heads, kv_heads, head_dim = _heads(config)
+    layers = int(config.num_hidden_layers)
+    block, own = _counts(decoder)
     inner, gates = _inner(model, config)
     return Shape(
-        layers, config.hidden_size, inner, heads, kv_heads, head_dim, vocab,
+        layers, config.hidden_size, inner, *_heads(config), int(config.vocab_size),
         is_tied=bool(model.config.tie_word_embeddings), gates=gates,
-        counted_block=block // layers, counted_tables=own, is_foreign=True,
+        counted_block=block // layers, counted_tables=own,
+        graph=graph_widths(decoder) or _usual_graph(config.hidden_size, inner, gates),
     )  # fmt: skip
 
 
-def shape_of_folder(path: Path) -> Shape:
+def shape_of_folder(path: Path, dtype: str) -> Shape:
     """Of a folder with config.json or of that file; no weights are read or made.
 
-    Raises ModelFileError for what transformers cannot build.
+    Raises ModelFileError for what transformers cannot build, UnsupportedModelError as HFDecoder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"{path}: transformers cannot build it ({error})") from error
-    return foreign_shape(model)
+    return foreign_shape(HFDecoder(model))
 
 
-def _counts(model: Any, layers: int) -> tuple[int, int]:
+def _usual_graph(hidden: int, inner: int, gates: int) -> tuple[int, int]:
+    """What a layer with float32 norms keeps, where it could not be counted."""
+    return 4 * hidden, 4 * hidden + 2 * gates * inner
+
+
+def _counts(decoder: HFDecoder) -> tuple[int, int]:
     """Weights of all blocks, and of everything else."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-    blocks = sum(p.numel() for p in next(lists).parameters())
-    return blocks, sum(p.numel() for p in model.parameters()) - blocks
+    blocks = sum(p.numel() for p in decoder.layers.parameters())
+    return blocks, sum(p.numel() for p in decoder.parameters()) - blocks
 
 
 def _heads(config: Any) -> tuple[int, int, int]:

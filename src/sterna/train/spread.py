@@ -73,5 +73,4 @@ def _chosen(model: Any, recipe: Recipe, num_shards: int) -> LongseqSection:
 
 
 def _shape_of(model: Any) -> Shape:
-    is_foreign = isinstance(model, HFDecoder)
-    return foreign_shape(model.model) if is_foreign else Shape.of(model.config)
+    return foreign_shape(model) if isinstance(model, HFDecoder) else Shape.of(model.config)
