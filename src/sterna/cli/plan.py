@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from sterna.cli.flags import AsJson
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
-
-Positive = Annotated[float, Parameter(show_default=False)]
 
 
 def plan(
@@ -93,21 +88,17 @@ def plan(
 def _shape(model: str, dtype: str) -> Any:
     """The sizes of a native model, else of one behind transformers."""
     from sterna.core.errors import UnsupportedModelError
-    from sterna.model.config import parse_config
     from sterna.model.hub import resolve_model
     from sterna.model.load import open_checkpoint
     from sterna.train.foreign_shape import shape_of_folder
     from sterna.train.memory import Shape
+    from sterna.train.pretrain import read_config
 
     path = Path(model)
     is_config = model.endswith(".json") and path.is_file()
     path = path if is_config else resolve_model(model)
     try:
-        if is_config:
-            return Shape.of(parse_config(json.loads(path.read_text()), model))
-        return Shape.of(open_checkpoint(path)[0])
-    except ValueError as error:
-        raise ConfigError(f"{model}: not valid JSON ({error})") from error
+        return Shape.of(read_config(path) if is_config else open_checkpoint(path)[0])
     except UnsupportedModelError:
         if path.suffix == ".gguf":
             raise
@@ -148,7 +139,6 @@ def _as_dict(chosen: Any, reasons: tuple[str, ...], longest: int) -> dict[str, A
         "disk_bytes": chosen.estimate.disk,
         "step_seconds": list(chosen.seconds),
         "longest_row": longest,
-        "basis": asdict(chosen.layout),
     }
 
 

@@ -68,7 +68,7 @@ def build(
     _check_vocabulary(tokenizer, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    use_longseq(model, recipe, shards_of(recipe.parallel, mesh).size)
+    recipe = use_longseq(model, recipe, mesh, shards_of(recipe.parallel, mesh).size)
     shards = spread(model, recipe.parallel, mesh)
     weights = trained(model)
     return Trainer(

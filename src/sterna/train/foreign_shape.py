@@ -10,6 +10,7 @@ import torch
 from sterna.core.errors import ModelFileError
 from sterna.model.hf import HFDecoder
 from sterna.train.longseq.foreign_graph import graph_widths
+from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.memory import Shape
 
 
@@ -25,6 +26,7 @@ def foreign_shape(decoder: HFDecoder) -> Shape:
         is_tied=bool(model.config.tie_word_embeddings), gates=gates,
         counted_block=block // layers, counted_tables=own,
         graph=graph_widths(decoder) or _usual_graph(config.hidden_size, inner, gates),
+        has_experts=bool(experts_of(decoder)),
     )  # fmt: skip
 
 

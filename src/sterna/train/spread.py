@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sterna.core.log import get_logger
 from sterna.model.hf import HFDecoder
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import shard_model
@@ -14,11 +13,7 @@ from sterna.train.autoplan import chosen, is_chosen
 from sterna.train.config import Recipe
 from sterna.train.foreign_shape import foreign_shape
 from sterna.train.longseq.apply import apply_longseq
-from sterna.train.longseq.config import LongseqSection
-from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.memory import Shape
-
-_log = get_logger(__name__)
 
 
 def shards_of(config: ParallelConfig, mesh: Mesh) -> Axis:
@@ -40,36 +35,20 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     return shards
 
 
-def use_longseq(model: Any, recipe: Recipe, num_shards: int) -> None:
-    """Switch on the recipe's checkpoints and tiles; call it before `spread`.
+def use_longseq(model: Any, recipe: Recipe, mesh: Mesh, num_shards: int) -> Recipe:
+    """Switch on the recipe's checkpoints and tiles; the recipe with what longseq.auto chose.
 
-    ConfigError for what FSDP2 does not allow, UnsupportedModelError for a model behind
-    transformers whose layers cannot be proven to work in tiles.
+    All ranks call it, before `spread`. ConfigError for what FSDP2 does not allow,
+    UnsupportedModelError for a model behind transformers whose layers cannot be proven to work in
+    tiles.
     """
     settings = recipe.longseq
-    if settings.auto:
-        settings = _chosen(model, recipe, num_shards)
-    plain = {"head_rows": settings.head_rows, "auto": settings.auto}
-    if settings == LongseqSection.model_validate(plain):
-        return
-    apply_longseq(model, settings, recipe.run.output, num_shards > 1)
-
-
-def without_refused(model: Any, settings: LongseqSection) -> LongseqSection:
-    """Settings that `auto` may use with this model: mlp_tile is refused where rows meet experts."""
-    experts = experts_of(model) if isinstance(model, HFDecoder) else ""
-    if not experts or not settings.mlp_tile:
-        return settings
-    _log.warning("longseq.auto: mlp_tile is left out, since %s routes rows to experts", experts)
-    return settings.model_copy(update={"mlp_tile": 0})
-
-
-def _chosen(model: Any, recipe: Recipe, num_shards: int) -> LongseqSection:
-    """What the planner chooses now, or chose for a run that ran out of memory."""
-    settings = recipe.longseq
-    if not is_chosen(settings):
-        settings = chosen(recipe, _shape_of(model), recipe.parallel.sp, num_shards)
-    return without_refused(model, settings)
+    if settings.auto and not is_chosen(settings):
+        settings = chosen(recipe, _shape_of(model), mesh, num_shards)
+        recipe = recipe.model_copy(update={"longseq": settings})
+    if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
+        apply_longseq(model, settings, recipe.run.output, num_shards > 1)
+    return recipe
 
 
 def _shape_of(model: Any) -> Shape:

@@ -112,8 +112,11 @@ class ForeignBlock(LongBlock):
         return ForeignHalves(self.block, self.context, table)
 
     def run(self, h: Tensor, batch: Batch | None, table: Any) -> Tensor:
-        """See LongBlock; without tiles the layer runs as it is."""
-        if self.settings.mlp_tile or self.settings.attention_tile:
+        """See LongBlock; without tiles the layer runs as it is.
+
+        Not where adapters drop inputs: cut in two, as the backward runs it, it draws more numbers.
+        """
+        if self.settings.mlp_tile or self.settings.attention_tile or _drops(self.block):
             return super().run(h, batch, table)
         with torch.no_grad():
             return hidden_of(class_forward(self.block, h[None], *table.args, **table.kwargs))[0]
@@ -177,6 +180,11 @@ def apply_foreign(decoder: HFDecoder, settings: LongseqSection, store: Store) ->
             segment = Segment(blocks[i : i + size])
             for k, block in enumerate(blocks[i : i + size]):
                 block.block.forward = types.MethodType(segment.forward_of(k), block.block)
+
+
+def _drops(layer: nn.Module) -> bool:
+    rates = (getattr(m, "dropout", 0.0) for m in layer.modules() if m.training)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _walk(blocks: list[ForeignBlock], h: Tensor, calls: list[Call]) -> Tensor:

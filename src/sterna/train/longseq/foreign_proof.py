@@ -37,6 +37,7 @@ from sterna.train.longseq.foreign import (
     map_tensors,
 )
 from sterna.train.longseq.store import MemoryStore
+from sterna.train.longseq.tiles import RandomState
 
 LIMIT = 1e-6  # of float64 copies; norms and softmaxes round to float32 inside (6e-8)
 _EXPERTS = re.compile(r"moe|expert|router", re.IGNORECASE)
@@ -187,7 +188,7 @@ def _plain(block: ForeignBlock, h: Tensor, call: Call, upstream: Tensor) -> list
 def _cut(block: ForeignBlock, h: Tensor, call: Call, upstream: Tensor) -> list[Tensor]:
     """The same of the layer cut at its attention and into tiles."""
     out = block.run(h, None, call)
-    d_h, grads = block.backward(h, None, call, upstream, None)
+    d_h, grads = block.backward(h, None, call, upstream, RandomState.now(h))
     pairs = zip(grads, block.weights(), strict=True)
     return [out, d_h, *(_or_zero(g, w) for g, w in pairs)]
 
