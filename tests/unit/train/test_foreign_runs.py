@@ -57,12 +57,12 @@ def losses(folder):
 @pytest.mark.parametrize("weights", ["auto", "fp6"])
 def test_an_adapter_on_long_rows_learns_resumes_and_merges(tiny, tmp_path, neox, weights):
     recipe = tiny.recipe(
-        tmp_path, model={"path": str(neox), "weights": weights}, run={"steps": 8},
+        tmp_path, model={"path": str(neox), "weights": weights}, run={"steps": 5},
         adapter={"rank": 8, "alpha": 16.0, "dropout": 0.1}, longseq=LONG, optim={"lr": 2e-2},
     )  # fmt: skip
     result = train(recipe)
     found = losses(tmp_path / "run")
-    assert found[-1] < found[0] - 0.2
+    assert found[-1] < found[0] - 0.1
     parts = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"output": tmp_path / "parts"})}
     )
