@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from tests.parity.test_hf import CASES, batch_of, documents, grads, new_model, targets_of
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from sterna.model.hf import HFDecoder
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.foreign import cut
+from sterna.train.longseq.foreign_graph import graph_widths
 from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.longseq.head import chunked_cross_entropy
 
@@ -145,3 +147,15 @@ def test_arguments_are_cut_by_rows_or_refused():
     assert found["b"].tolist() == [2, 3, 4] and found["c"].shape == (3,)
     with pytest.raises(UnsupportedModelError, match="whose rows"):
         cut(torch.ones(2, 7), rows, 7)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox"])
+def test_the_planner_counts_what_autograd_keeps(name):
+    """On the meta device as on a real one, to the kernels' own small buffers (5 %)."""
+    found = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = tf.AutoModelForCausalLM.from_config(CASES[name](), dtype=torch.bfloat16)
+        found.append(graph_widths(HFDecoder(model)))
+    for a, b in zip(*found, strict=True):
+        assert abs(a - b) <= 0.05 * b
