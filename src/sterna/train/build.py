@@ -37,7 +37,7 @@ from sterna.train.resume import find_source
 from sterna.train.routines import Checkpoints, Evaluation
 from sterna.train.schedule import horizon
 from sterna.train.sft import Sft
-from sterna.train.spread import spread, use_longseq
+from sterna.train.spread import shards_of, spread, use_longseq
 from sterna.train.step import TrainStep
 from sterna.train.task import Task
 from sterna.train.trackers import MLflow, TensorBoard, Wandb, has_tensorboard
@@ -68,8 +68,8 @@ def build(
     _check_vocabulary(tokenizer, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    recipe = use_longseq(model, recipe, mesh, shards_of(recipe.parallel, mesh).size)
     shards = spread(model, recipe.parallel, mesh)
-    recipe = use_longseq(model, recipe, mesh, shards.size)
     weights = trained(model)
     return Trainer(
         Parts(

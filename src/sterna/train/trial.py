@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sterna.data.pack import PackedRow
 from sterna.model.batch import Batch
+from sterna.model.hf import HFDecoder
 from sterna.parallel.collectives import total
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import average_gradients, full, local
@@ -30,8 +31,9 @@ from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.longseq.head import chunked_cross_entropy
-from sterna.train.spread import spread
+from sterna.train.spread import shards_of, spread
 from sterna.train.step import TrainStep
 from sterna.train.trialmodel import TrialModel, make_model
 
@@ -146,9 +148,14 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     if trial.adapter is not None:
         add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
         _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
-    is_cut = spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    parallel = ParallelConfig(**trial.parallel)
+    is_cut = shards_of(parallel, mesh).size > 1
     if trial.longseq:
-        apply_longseq(model, LongseqSection(**trial.longseq), is_sharded=is_cut)
+        settings = LongseqSection(**trial.longseq)
+        if settings.auto and isinstance(model, HFDecoder) and experts_of(model):
+            settings = settings.model_copy(update={"mlp_tile": 0})  # as the planner does
+        apply_longseq(model, settings, is_sharded=is_cut)
+    spread(model, parallel, mesh)
     return model, is_cut
 
 
