@@ -64,6 +64,10 @@ class _Whole:
     source: int
     where: str
 
+    def place(self, at: int) -> str:
+        """Where the piece from token `at` on comes from."""
+        return f"{self.where} from token {at}" if at else self.where
+
 
 class DocumentMaker:
     """Rows to documents for one model and one set of settings. Threads may share it."""
@@ -187,7 +191,8 @@ class DocumentMaker:
             counts.of["too_long"] += 1
             starts = self._cut(whole)
         pieces = [
-            Document(tokens[at : at + size], targets[at : at + size], whole.source) for at in starts
+            Document(tokens[at : at + size], targets[at : at + size], whole.source, whole.place(at))
+            for at in starts
         ]
         kept = [piece for piece in pieces if np.any(piece.targets != IGNORE)]
         counts.of["untrained"] += len(pieces) - len(kept)

@@ -16,7 +16,7 @@ import torch
 from sterna.core.errors import NonFiniteError
 from sterna.core.log import get_logger
 from sterna.data.pack import PackedRow
-from sterna.parallel.collectives import total
+from sterna.parallel.collectives import gather_objects, total
 from sterna.parallel.mesh import close_mesh
 from sterna.train.baddump import dump_rows, name_rows
 from sterna.train.checkpoint import newest, publish
@@ -106,9 +106,9 @@ class Trainer:
         self._checkpointer.wait()
         what = f"loss {loss.loss}" if not np.isfinite(loss.loss) else f"gradient norm {self._norm}"
         raise NonFiniteError(
-            f"step {step + 1}: {what} in {self._name(rows, loss.bad_micro)}; its tokens are in "
-            f"{dump}, the state before it in {newest(self._checkpointer.parent)}; remove the "
-            "sample or lower optim.lr, then continue with --resume"
+            f"step {step + 1}: {what} in {self._name(rows, loss.bad_micro)}; the step's rows are "
+            f"in {dump}, the state before it in {newest(self._checkpointer.parent)}; mend the "
+            "sample or lower optim.lr, then start a new run with model.path = that checkpoint"
         )
 
     def update_weights(self, loss: StepLoss) -> None:
@@ -192,11 +192,17 @@ class Trainer:
             hook.on_save(self, folder)
 
     def _name(self, rows: Sequence[PackedRow], micro: int | None) -> str:
-        """Where the rows of a micro-batch (None: of the step) come from."""
-        size = self.recipe.run.micro_rows
+        """The documents of the micro-batch at fault, or of the step, of every rank at fault.
+
+        The n-th row of rank r is row n * dp + r of the stream. All ranks call it.
+        """
+        size, dp = self.recipe.run.micro_rows, self.mesh.dp
         low, high = (0, len(rows)) if micro is None else (micro * size, (micro + 1) * size)
-        sources = [source.path for source in self.recipe.data.sources]
-        return name_rows(rows[low:high], sources, self.counters.num_rows + low)
+        first = self.counters.num_rows + low * dp.size + dp.rank
+        own = (micro is not None, name_rows(rows[low:high], first, dp.size))
+        found = gather_objects(own, self.mesh.data)
+        at_fault = [name for is_bad, name in found if is_bad] or [name for _, name in found]
+        return "; ".join(dict.fromkeys(at_fault))
 
     def finish(self) -> TrainResult:
         """Save the end, write the final model, tell the hooks."""

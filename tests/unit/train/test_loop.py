@@ -6,12 +6,18 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError
+from sterna.data.pack import Document, filler, join
+from sterna.data.prepare import pack_shards
 from sterna.model.load import load_model
+from sterna.text.tokenizer import load_tokenizer
 from sterna.train import checkpoint
+from sterna.train.baddump import name_rows
 from sterna.train.hooks import Hook
 from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
@@ -147,12 +153,48 @@ def test_a_nan_stops_the_run_keeps_the_state_and_names_the_batch(tiny, tmp_path)
                     self.kept = trainer.parts.model.norm.weight.clone()
                     trainer.parts.model.norm.weight[0] = float("nan")
 
-    with pytest.raises(NonFiniteError, match=r"step 4: loss nan in row.* \(of .*chats\.jsonl\)"):
+    with pytest.raises(NonFiniteError, match="step 4: loss nan in row 12 ") as failed:
         train(recipe, hooks=[Poison()])
     dumped = list((tmp_path / "run/bad").glob("*.npz"))
     assert [p.name for p in dumped] == ["bad-step-00000004-rank-0.npz"]
+    _check_places(failed.value.message, np.load(dumped[0]), tmp_path / "chats.jsonl")
     newest = checkpoint.newest(tmp_path / "run/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == 3
+
+
+def _check_places(message, dump, chats):
+    """The line that the message names for each document of the row is the one it was made of."""
+    lines = chats.read_text().splitlines()
+    tokens, starts = dump["tokens_0"], dump["starts_0"]
+    numbers = [int(place.rpartition(":")[2]) for place in dump["places_0"]]
+    assert f"({chats}:{', '.join(map(str, numbers))});" in message
+    alphabet = sorted(ByteLevel.alphabet())
+    for number, begin in zip(numbers, starts, strict=False):
+        word = json.loads(lines[number - 1])["messages"][0]["content"]
+        found = [alphabet[token] for token in tokens[begin + 1 : begin + 1 + len(word)]]
+        assert "".join(found) == word
+
+
+def test_a_nan_in_token_shards_names_the_document(tiny, tmp_path):
+    data = tiny.data(tmp_path, sources=[{"path": str(tmp_path / "chats.jsonl")}])
+    pack_shards(data, load_tokenizer(tmp_path / "model"), tmp_path / "shards")
+    recipe = tiny.recipe(tmp_path, data={"sources": [{"path": str(tmp_path / "shards")}]})
+
+    class Poison(Hook):
+        def before_step(self, trainer, rows):
+            with torch.no_grad():
+                trainer.parts.model.norm.weight[0] = float("inf")
+
+    named = r"step 1: loss nan in row 0 \(.*tokens-00000\.safetensors: document \d+, document \d+"
+    with pytest.raises(NonFiniteError, match=named):
+        train(recipe, hooks=[Poison()])
+
+
+def test_many_documents_are_named_in_short():
+    row = join([Document(np.zeros(1, np.int32), np.zeros(1, np.int32), 0, f"a.jsonl:{i}")
+                for i in range(50)])  # fmt: skip
+    named = name_rows([row, filler()], 6, 2)
+    assert named.startswith("rows 6, 8 (a.jsonl:0, 1, 2, ") and named.endswith(" 39 and 10 more)")
 
 
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tiny, tmp_path):
