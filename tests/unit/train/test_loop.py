@@ -197,6 +197,21 @@ def test_many_documents_are_named_in_short():
     assert named.startswith("rows 6, 8 (a.jsonl:0, 1, 2, ") and named.endswith(" 39 and 10 more)")
 
 
+def test_smoothing_and_z_loss_are_trained_and_not_evaluated(tiny, tmp_path):
+    runs = {}
+    for name, section in {"plain": {}, "more": {"label_smoothing": 0.1, "z_loss": 0.01}}.items():
+        run = {"steps": 1, "output": str(tmp_path / name)}
+        recipe = tiny.recipe(
+            tmp_path, loss=section, run=run, data={"held_out": 0.1}, optim={"lr": 1e-30}
+        )
+        runs[name] = train(recipe)
+    assert runs["more"].eval_loss == runs["plain"].eval_loss  # of the first weights
+    # log-sums are near ln 272 = 5.6 at random weights: 0.01 of their square is 0.31
+    assert 0.2 < runs["more"].loss - runs["plain"].loss < 0.5
+    with pytest.raises(ConfigError, match="kind = distill has a loss of its own"):
+        tiny.recipe(tmp_path, kind="distill", loss={"z_loss": 1e-4})
+
+
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tiny, tmp_path):
     """A huge learning rate makes every later eval worse than the first after warmup."""
     recipe = tiny.recipe(
