@@ -236,14 +236,14 @@ def whole_loss(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     log_sums = logits[targets != IGNORE].logsumexp(1)
-    loss = F.cross_entropy(
+    loss: Tensor = F.cross_entropy(
         logits,
         targets,
         ignore_index=IGNORE,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return loss + z_loss * log_sums.square().sum()
+    return loss.add(log_sums.square().sum(), alpha=z_loss)
 
 
 def accumulate(
