@@ -107,7 +107,7 @@ def _rank(process):
 
 
 def test_a_world_that_does_not_match_says_so(recipe_file, tmp_path):
-    code, out, err = finish(start(recipe_file, tmp_path / "run", "--parallel.sp=3"))
+    code, _, err = finish(start(recipe_file, tmp_path / "run", "--parallel.sp=3"))
     assert code != 0
     # torchrun ends the slower rank, maybe before it has spoken, and shows a traceback of its own
     assert "error: 2 processes started, but dp 1 x sp 3 x tp 1 needs 3; start 3" in err
