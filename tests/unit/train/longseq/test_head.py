@@ -113,9 +113,9 @@ def test_smoothing_and_z_loss_equal_whole_logits(rows, softcap, scale, has_bias,
 
     def whole(h, w, b=None):
         z = whole_logits(h, w, b, softcap, scale)
-        ce = F.cross_entropy(z, targets, ignore_index=head.IGNORE, reduction="sum",
+        ce = F.cross_entropy(z, targets, ignore_index=IGNORE, reduction="sum",
                              label_smoothing=smoothing)  # fmt: skip
-        return -1.7 * (ce + z_loss * z[targets != head.IGNORE].logsumexp(1).square().sum())
+        return -1.7 * (ce + z_loss * z[targets != IGNORE].logsumexp(1).square().sum())
 
     got, expected = chunked(*leaves), whole(*leaves)
     assert abs(got - expected) < F64 * 100
