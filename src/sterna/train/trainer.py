@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sterna.core.errors import NonFiniteError
+from sterna.core.errors import ConfigError, NonFiniteError
 from sterna.core.log import get_logger
+from sterna.core.rundir import FolderLock
 from sterna.data.pack import PackedRow
-from sterna.parallel.collectives import gather_objects, total
+from sterna.parallel.collectives import broadcast_object, gather_objects, total
 from sterna.parallel.mesh import close_mesh
 from sterna.train.baddump import dump_rows, name_rows
 from sterna.train.checkpoint import newest, publish
@@ -50,6 +51,7 @@ class Trainer:
         self._checkpointer = Checkpointer(
             self.output / "checkpoints", parts.recipe.checkpoint, parts.mesh, self._saved
         )
+        self._lock = FolderLock(self.output)
         self._saved_step = -1
         self._data_seconds = 0.0
         self._started = 0.0
@@ -206,6 +208,8 @@ class Trainer:
 
     def finish(self) -> TrainResult:
         """Save the end, write the final model, tell the hooks."""
+        if self.mesh.is_main and (lost := self.parts.loader.counts.lost()):
+            _log.warning("data: %s", lost)
         self.save()
         self._checkpointer.wait()
         latest = newest(self._checkpointer.parent)
@@ -238,6 +242,15 @@ class Trainer:
             publish(latest, self.output / "adapter")
 
     def __enter__(self) -> Trainer:
+        """Keep the run's folder to this run. ConfigError while another process writes there."""
+        is_ours = not self.mesh.is_main or self._lock.take()
+        if not broadcast_object(is_ours, self.mesh.data):
+            self.__exit__(None, None, None)
+            raise ConfigError(
+                f"another process is training into {self.output}; wait for it, or give another "
+                "run.output",
+                param="run.output",
+            )
         return self
 
     def __exit__(
@@ -249,6 +262,7 @@ class Trainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self._lock.release()
         self.parts.loader.close()
         if self.parts.owns_mesh:
             close_mesh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError
+from sterna.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from sterna.data.pack import Document, filler, join
 from sterna.data.prepare import pack_shards
 from sterna.model.load import load_model
@@ -195,6 +196,60 @@ def test_many_documents_are_named_in_short():
                 for i in range(50)])  # fmt: skip
     named = name_rows([row, filler()], 6, 2)
     assert named.startswith("rows 6, 8 (a.jsonl:0, 1, 2, ") and named.endswith(" 39 and 10 more)")
+
+
+def test_documents_beyond_the_models_positions_are_too_long(tiny, tmp_path, caplog):
+    """The rope table has 256 rows: longer ones were read beyond it."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text((json.dumps({"text": "abcdef" * 100}) + "\n") * 20)
+    data = {"sources": [{"path": str(texts)}], "seq_len": 600}
+    run = {"steps": 2, "rows_per_step": 2}
+    longest = []
+
+    class Look(Hook):
+        def before_step(self, trainer, rows):
+            longest.extend(int(row.positions.max()) for row in rows)
+
+    with caplog.at_level("WARNING", logger="sterna"):
+        train(tiny.recipe(tmp_path, kind="pretrain", data=data, run=run), hooks=[Look()])
+    assert max(longest) == 255
+    assert "data.seq_len is 600, the model has 256 positions" in caplog.text
+    assert "20 documents too long" in caplog.text
+    strict = {**data, "too_long": "fail"}
+    run = {**run, "output": str(tmp_path / "strict")}
+    with pytest.raises(
+        DataError, match=r"texts.jsonl:\d+: has 601 tokens, the model's positions are 256"
+    ):
+        train(tiny.recipe(tmp_path, kind="pretrain", data=strict, run=run))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, run={"output": str(tmp_path / "chats.jsonl")})
+    with pytest.raises(ConfigError, match="cannot be a run's folder: File exists"):
+        train(recipe)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, run={"steps": 2})
+
+    def again(trainer):
+        with pytest.raises(ConfigError, match="another process is training into"):
+            train(recipe)
+
+    assert train(recipe, hooks=[Call(1, again)]).steps == 2
+    assert len(step_lines(tmp_path / "run")) == 2  # the second wrote nothing there
+    longer = tiny.recipe(tmp_path, run={"steps": 3})
+    assert train(longer, resume=True).steps == 3  # free again
+
+
+def test_rows_that_were_skipped_are_counted_at_the_end(tiny, tmp_path, caplog):
+    recipe = tiny.recipe(tmp_path, data={"on_bad_row": "skip"}, run={"steps": 1})
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "assistant"}]}\n{"messages": []}\n' * 3)
+    with caplog.at_level("WARNING", logger="sterna"):
+        train(recipe)
+    assert "messages[0] has no content and no tool_calls" in caplog.text
+    assert re.search(r"data: of \d+ rows \d malformed", caplog.text)
 
 
 def test_smoothing_and_z_loss_are_trained_and_not_evaluated(tiny, tmp_path):
