@@ -179,7 +179,12 @@ def _plain(recipe: Recipe) -> Trial:
     if adapter is not None:
         adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
     return Trial(
-        ROWS, model, dtype="float32" if is_hf else "float64", adapter=adapter, seed=recipe.run.seed
+        ROWS,
+        model,
+        dtype="float32" if is_hf else "float64",
+        adapter=adapter,
+        loss=recipe.loss.model_dump(),
+        seed=recipe.run.seed,
     )
 
 
