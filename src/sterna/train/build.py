@@ -27,6 +27,7 @@ from sterna.train.hooks import Hook
 from sterna.train.lora import Lora
 from sterna.train.metrics import MetricsFile
 from sterna.train.neftune import Neftune, embedding_of
+from sterna.train.offload.place import offload
 from sterna.train.optim import AdamW
 from sterna.train.parts import Parts, trained
 from sterna.train.pretrain import Pretrain
@@ -69,7 +70,8 @@ def build(
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     shards = spread(model, recipe.parallel, mesh)
-    use_longseq(model, recipe, shards.size)
+    away = offload(recipe, model, mesh)
+    use_longseq(model, recipe, shards.size, away.weights)
     weights = trained(model)
     return Trainer(
         Parts(
@@ -80,7 +82,7 @@ def build(
             task=task,
             model=model,
             step=_new_step(recipe, mesh, model, task, shards.size > 1),
-            optimizer=AdamW(weights, recipe.optim, recipe.run.seed),
+            optimizer=AdamW(weights, recipe.optim, recipe.run.seed, away.home, away.places),
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             loader=Loader(recipe.data, tokenizer, rank=mesh.dp.rank, world=mesh.dp.size),
             eval_rows=_eval_rows(recipe, tokenizer, mesh),

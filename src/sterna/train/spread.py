@@ -14,6 +14,7 @@ from sterna.train.autoplan import chosen, is_chosen
 from sterna.train.config import Recipe
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.offload.weights import WeightTier
 
 
 def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
@@ -31,8 +32,10 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     return mesh.data
 
 
-def use_longseq(model: Any, recipe: Recipe, num_shards: int) -> None:
-    """Switch on the recipe's checkpoints and tiles.
+def use_longseq(
+    model: Any, recipe: Recipe, num_shards: int, weights: WeightTier | None = None
+) -> None:
+    """Switch on the recipe's checkpoints and tiles; `weights` moves those of the blocks.
 
     ConfigError for a model behind transformers, or for what FSDP2 does not allow.
     """
@@ -48,4 +51,4 @@ def use_longseq(model: Any, recipe: Recipe, num_shards: int) -> None:
             "transformers. Leave them out, or choose a model of a native family",
             param="longseq",
         )
-    apply_longseq(model, settings, recipe.run.output, num_shards > 1)
+    apply_longseq(model, settings, recipe.run.output, num_shards > 1, weights)
