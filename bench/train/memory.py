@@ -36,6 +36,7 @@ Point = dict[str, Any]  # tokens, fits, seconds, data (bytes of writable memory)
 CONFIG = llama(256, 4, 128_256, 1024)
 TIMES = 16
 TILES = {"checkpoint": True, "mlp_tile": 1024, "attention_tile": 1024, "head_rows": 256}
+FULL = {"states": "float32", "master": True}
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "transformers": {"system": "transformers"},
     "transformers + checkpoints": {"system": "transformers", "checkpoint": True},
@@ -47,6 +48,12 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "+ tiled attention half": {"longseq": TILES},
     "+ checkpoints on disk": {"longseq": {**TILES, "tier": "disk"}},
     "the same, documents of 1,024": {"longseq": {**TILES, "tier": "disk"}, "document": 1024},
+    "float32 states and masters": {"longseq": {**TILES, "tier": "disk"}, **FULL},
+    "+ states and weights on disk": {
+        "longseq": {**TILES, "tier": "disk"},
+        **FULL,
+        "offload": {"states": "disk", "weights": "disk"},
+    },
 }
 
 
@@ -107,6 +114,8 @@ def next_row(points: list[Point], cap: float, most: int) -> int | None:
     guess = int(low + (cap - y1) / slope) // step * step
     if high <= most:  # between what did and what did not suffice
         return max(low + step, min(guess, high - step))
+    if guess > 1.5 * most:
+        return most
     return min(max(low + step, min(guess, 8 * low)), most)
 
 
@@ -129,24 +138,27 @@ def longest(points: list[Point]) -> dict[str, Any]:
     best = max((p for p in points if p["fits"]), key=lambda p: int(p["tokens"]))
     longer = [p for p in points if p["tokens"] > best["tokens"]]
     is_most = all(p.get("timed_out", False) for p in longer)
-    return {"tokens": best["tokens"], "seconds": best["seconds"], "is_most": is_most}
+    return {**best, "is_most": is_most}
 
 
 def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One line a contestant, with its ratio to plain transformers."""
     caps = list(table)
-    lines = ["| | " + " | ".join(f"{cap} GiB: tokens | ratio | s a step" for cap in caps) + " |",
-             "| --- |" + " --- | --- | --- |" * len(caps)]  # fmt: skip
+    lines = ["| | " + " | ".join(f"{cap} GiB: tokens | ratio | GiB | s a step" for cap in caps) + " |",
+             "| --- |" + " --- | --- | --- | --- |" * len(caps)]  # fmt: skip
     for name in CONTESTANTS:
         cells = []
         for cap in caps:
             if name not in table[cap]:
-                cells.append("- | - | -")
+                cells.append("- | - | - | -")
                 continue
             row, base = table[cap][name], next(iter(table[cap].values()))
             sign = ">= " if row["is_most"] else ""
             ratio = row["tokens"] / base["tokens"]
-            cells.append(f"{sign}{row['tokens']:,} | {sign}{ratio:.1f}x | {row['seconds']:.0f}")
+            cells.append(
+                f"{sign}{row['tokens']:,} | {sign}{ratio:.1f}x | {row['data'] / 2**30:.2f} | "
+                f"{row['seconds']:.0f}"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

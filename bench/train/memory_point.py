@@ -5,7 +5,7 @@
 With `cap` the process may have that much writable memory (RLIMIT_DATA), and a step that needs more
 ends it with exit code 3. A job's `system` is sterna, transformers or deepspeed. All train a
 Llama-shaped model with random weights in bfloat16 by AdamW with bfloat16 moments and no float32
-master, on a row of random tokens made of documents of `document` tokens (transformers: one).
+master (Sterna: or as `states`, `master` and `offload` say), on a row of random tokens made of documents of `document` tokens (transformers: one).
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
     from sterna.train.init_weights import init_weights
     from sterna.train.longseq.apply import apply_longseq
     from sterna.train.longseq.config import LongseqSection
+    from sterna.train.offload.config import OffloadSection
+    from sterna.train.offload.homes import new_home
+    from sterna.train.offload.weights import LEAST, WeightTier
     from sterna.train.optim import AdamW
     from sterna.train.step import TrainStep, cross_entropy
 
@@ -88,7 +91,13 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
     decoder = Decoder(config, torch.bfloat16)
     init_weights(decoder, 0)
     decoder.requires_grad_(True).train()
-    apply_longseq(decoder, LongseqSection(**job["longseq"]), Path(job["folder"]))
+    offload, home, weights = OffloadSection(**job.get("offload", {})), None, None
+    if offload.states != "memory":
+        home = new_home(offload.states, decoder.device, Path(job["folder"]))
+    if offload.weights != "memory":
+        weights = WeightTier(list(decoder.layers), home, lambda t: t.numel() >= LEAST)
+    settings = LongseqSection(**job["longseq"])
+    apply_longseq(decoder, settings, Path(job["folder"]), weights=weights)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.vocab_size, job["seq_len"]).astype(np.int32)
     pieces = np.split(tokens, range(job["document"], len(tokens), job["document"]))
@@ -96,7 +105,8 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
         [Document(piece, np.append(piece[1:], -100).astype(np.int32), 0) for piece in pieces]
     )
     settings = OptimSection(states=job.get("states", "bfloat16"), master=job.get("master", False))
-    optimiser = AdamW(decoder.named_parameters(), settings)
+    places = weights.places if weights is not None else {}
+    optimiser = AdamW(decoder.named_parameters(), settings, 0, home, places)
     rows = job["longseq"].get("head_rows") or None
     chunked = partial(cross_entropy, chunk_rows=rows)  # as the trainer's tasks do
     loss = full_logits if job.get("full_logits") else chunked

@@ -30,9 +30,11 @@ def chosen(recipe: Recipe, config: Any, sp: int, shards: int) -> LongseqSection:
     job = job_of(recipe)
     free = free_memory(recipe.model.device)
     shape = Shape.of(config)
+    away = recipe.offload
     rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1))
+    rungs = [rung for rung in rungs if rung.checkpoint or away.weights == "memory"]
     for settings in rungs:
-        peak = estimate(shape, job, settings, Layout(sp, shards)).peak * (1 + MEMORY_ERROR)
+        peak = estimate(shape, job, settings, Layout(sp, shards), away).peak * (1 + MEMORY_ERROR)
         if peak <= free:
             said = settings.model_dump(exclude_defaults=True) or "nothing"
             _log.info("longseq.auto: %s, %.1f of %.1f GiB", said, peak / GIB, free / GIB)

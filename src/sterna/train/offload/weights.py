@@ -188,9 +188,8 @@ def _shared(blocks: Sequence[nn.Module]) -> set[int]:
 def _hold(tensor: Tensor, home: TierHome) -> _Held:
     flat = tensor.detach().contiguous().reshape(-1)
     kept = home.new(flat.numel(), flat.dtype, flat.device)
-    at_home = kept.tensor
-    at_home.copy_(flat)
-    at_home = at_home.view(tensor.shape)
+    kept.write(slice(0, flat.numel()), flat)  # not through the map, whose pages would stay
+    at_home = kept.tensor.view(tensor.shape)
     tensor.data = at_home
     return _Held(tensor, kept, at_home)
 
