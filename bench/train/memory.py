@@ -72,7 +72,7 @@ def main() -> int:
     args = parser.parse_args()
     facts = json.loads(args.file.read_text()) if args.file.exists() else {}
     facts = {"machine": fingerprint().as_dict(), "config": CONFIG, "threads": args.threads,
-             "contestants": CONTESTANTS, "caps_gib": {}, **facts}  # fmt: skip
+             "caps_gib": {}, **facts, "contestants": CONTESTANTS}  # fmt: skip
     for cap in () if args.table else args.caps.split(","):
         for name in CONTESTANTS:
             if args.only in name:
@@ -144,8 +144,8 @@ def longest(points: list[Point]) -> dict[str, Any]:
 def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One line a contestant, with its ratio to plain transformers."""
     caps = list(table)
-    lines = ["| | " + " | ".join(f"{cap} GiB: tokens | ratio | GiB | s a step" for cap in caps) + " |",
-             "| --- |" + " --- | --- | --- | --- |" * len(caps)]  # fmt: skip
+    heads = " | ".join(f"{cap} GiB: tokens | ratio | GiB | s a step" for cap in caps)
+    lines = [f"| | {heads} |", "| --- |" + " --- | --- | --- | --- |" * len(caps)]
     for name in CONTESTANTS:
         cells = []
         for cap in caps:
@@ -155,9 +155,9 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
             row, base = table[cap][name], next(iter(table[cap].values()))
             sign = ">= " if row["is_most"] else ""
             ratio = row["tokens"] / base["tokens"]
+            size = row["data"] / 2**30
             cells.append(
-                f"{sign}{row['tokens']:,} | {sign}{ratio:.1f}x | {row['data'] / 2**30:.2f} | "
-                f"{row['seconds']:.0f}"
+                f"{sign}{row['tokens']:,} | {sign}{ratio:.1f}x | {size:.2f} | {row['seconds']:.0f}"
             )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -5,7 +5,8 @@
 With `cap` the process may have that much writable memory (RLIMIT_DATA), and a step that needs more
 ends it with exit code 3. A job's `system` is sterna, transformers or deepspeed. All train a
 Llama-shaped model with random weights in bfloat16 by AdamW with bfloat16 moments and no float32
-master (Sterna: or as `states`, `master` and `offload` say), on a row of random tokens made of documents of `document` tokens (transformers: one).
+master (Sterna: or as `states`, `master` and `offload` say), on a row of random tokens made of
+documents of `document` tokens (transformers: one).
 """
 
 from __future__ import annotations
