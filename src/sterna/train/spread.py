@@ -42,6 +42,12 @@ def use_longseq(
     settings = recipe.longseq
     if settings.auto and not is_chosen(settings) and isinstance(model, Decoder):
         settings = chosen(recipe, model.config, recipe.parallel.sp, num_shards)
+    if weights is not None and not settings.checkpoint:
+        raise ConfigError(
+            "offload.weights needs longseq.checkpoint = true: without it a block's backward reads "
+            "weights that are away",
+            param="offload.weights",
+        )
     plain = {"head_rows": settings.head_rows, "auto": settings.auto}
     if settings == LongseqSection.model_validate(plain):
         return

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sterna.core.errors import ConfigError
 from sterna.train.longseq.config import Tier
+from sterna.train.longseq.store import pinned
 from sterna.train.offload.lanes import Lane, StreamLane, ThreadLane, Ticket
 from sterna.train.offload.slab import Slab
 
@@ -141,7 +142,11 @@ class TierHome:
         """See Home."""
         if self._slab is not None:
             return Filed(self._slab, self._slab.claim(size * dtype.itemsize), size, dtype)
-        return Whole(torch.zeros(size, dtype=dtype, pin_memory=self.device.type == "cuda"))
+        empty = torch.empty(size, dtype=dtype, device="meta")
+        on_host = (
+            pinned(empty) if self.device.type == "cuda" else torch.empty_like(empty, device="cpu")
+        )
+        return Whole(on_host.zero_())
 
     def walk(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Tensor]]:
         """See Home. TrainError when the disk fails."""

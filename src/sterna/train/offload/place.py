@@ -24,14 +24,9 @@ class Offload:
     weights: WeightTier | None = None
     places: Mapping[nn.Parameter, Kept] = field(default_factory=dict)  # updated at home
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is elsewhere than in the device's memory."""
-        return self.home.is_apart or self.weights is not None
-
 
 def offload(recipe: Recipe, model: Any, mesh: Mesh) -> Offload:
-    """Where states go, after moving the weights there.
+    """Where states go, after moving the weights there; `use_longseq` has blocks fetch them.
 
     ConfigError for what cannot be proven: several ranks, models behind transformers, distillation,
     trained weights in another tier than their states. TrainError when the disk has no room.
@@ -71,12 +66,6 @@ def _check(recipe: Recipe, model: Any, mesh: Mesh) -> None:
             "offload.weights moves the blocks of native models in sft and pretrain; this "
             + ("run distils" if recipe.kind == "distill" else "model runs behind transformers")
             + ". Set it to memory (offload.states works)",
-            param="offload.weights",
-        )
-    if not (recipe.longseq.checkpoint or recipe.longseq.auto):
-        raise ConfigError(
-            "offload.weights needs longseq.checkpoint = true: without it a block's backward reads "
-            "weights that are away",
             param="offload.weights",
         )
     if recipe.adapter is None and settings.weights != settings.states:
