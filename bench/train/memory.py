@@ -7,7 +7,7 @@ bfloat16 with bfloat16 AdamW moments. A point is a whole step, optimizer include
 its own that may have `cap` GiB of writable memory (RLIMIT_DATA, libraries included); the row is one
 document, over which everybody attends. Rows grow until one does not suffice, then are bisected to
 one part in 16; the next to try follows from how the memory of the last two grew. A row 16 times
-that of plain transformers ends the search (">=" in the table; one contestant goes to 64 times):
+that of plain transformers ends the search (">=" in the table; one contestant goes to 32):
 attention over one document takes its time. Rows marked * are documents of 1,024 tokens, which
 changes that time and not the memory.
 
@@ -39,7 +39,7 @@ TIMES = 16
 TILES = {"checkpoint": True, "mlp_tile": 1024, "attention_tile": 1024, "head_rows": 256}
 FULL = {"states": "float32", "master": True, "document": 1024}
 AWAY = ("states", "weights")
-FARTHER = "+ checkpoints on disk *"  # goes to 4 times TIMES
+FARTHER = "+ checkpoints on disk *"  # goes to twice TIMES
 SHORT = {"document": 1024}  # attention takes its time over them, and the same memory
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "transformers": {"system": "transformers"},
@@ -92,7 +92,7 @@ def search(name: str, cap: str, facts: dict[str, Any], args: argparse.Namespace)
     most = 1 << 20
     if CONTESTANTS[name].get("system") != "transformers":
         plain = facts["caps_gib"][cap][next(iter(CONTESTANTS))]
-        times = 4 * TIMES if name == FARTHER else TIMES
+        times = 2 * TIMES if name == FARTHER else TIMES
         most = times * int(longest(plain)["tokens"])
     while (tokens := next_row(points, float(cap) * 2**30, most)) is not None:
         points.append(point(CONTESTANTS[name], cap, tokens, args))

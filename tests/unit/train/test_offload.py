@@ -15,10 +15,13 @@ from sterna.train import optim
 from sterna.train.config import OptimSection
 from sterna.train.gradients import Gradients
 from sterna.train.hooks import Hook
+from sterna.train.longseq.apply import apply_longseq
+from sterna.train.longseq.config import LongseqSection
 from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
 from sterna.train.offload.homes import MemoryHome, TierHome, new_home
 from sterna.train.offload.lanes import ThreadLane
+from sterna.train.offload.weights import LEAST, WeightTier
 from sterna.train.optim import AdamW
 
 CPU = torch.device("cpu")
@@ -155,6 +158,29 @@ def test_a_run_goes_on_in_another_tier(tiny, tmp_path):
     train(run_of(tiny, tmp_path, "parts", **sections, offload=DISK), resume=True)
     want, got = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_gradients_of_weights_that_only_pose_as_present(
+    decoder_of, packed, tokens_of, tmp_path, every
+):
+    """What a GPU needs: autograd notes the device of a weight before its block has it."""
+    settings = LongseqSection(checkpoint=True, every=every)
+    found = []
+    for is_far in (False, True):
+        model, tier = decoder_of(), None
+        model.requires_grad_(True)
+        if is_far:
+            home = new_home("disk", CPU, tmp_path)
+            tier = WeightTier(list(model.layers), home, lambda t: t.numel() >= LEAST)
+            tier._is_far = True
+            assert len(tier.places) == 4 * 4  # qkv, out, gate_up and down of four blocks
+        apply_longseq(model, settings, weights=tier)
+        for _ in range(2):
+            model.hidden(packed([tokens_of(5), tokens_of(9)])).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert (grad is None and found[1][name] is None) or torch.equal(grad, found[1][name]), name
 
 
 @pytest.mark.parametrize("states", ["memory", "disk"])

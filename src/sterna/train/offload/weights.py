@@ -56,6 +56,7 @@ class WeightTier:
     ) -> None:
         """Moves them home. ConfigError when there is none, TrainError when there is no room."""
         self._home = home
+        self._is_far = home.device.type != "cpu"
         shared = _shared(blocks)
         self._held = [
             [_hold(t, home) for t in _tensors(b) if id(t) not in shared and is_wanted(t)]
@@ -97,8 +98,7 @@ class WeightTier:
     def posed(self, blocks: Sequence[int]) -> Iterator[None]:
         """Within it the weights look as if they were on the device: autograd notes where gradients
         will be before the blocks run. Nothing to do where home is the device's own memory."""
-        is_far = self._home.device.type != "cpu"
-        for one in (one for i in blocks for one in self._held[i] if is_far):
+        for one in (one for i in blocks for one in self._held[i] if self._is_far):
             stand_in = torch.empty(1, dtype=one.at_home.dtype, device=self._home.device)
             one.tensor.data = stand_in.expand(one.at_home.shape)
         try:
