@@ -71,7 +71,7 @@ def build(
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     shards = spread(model, recipe.parallel, mesh)
     away = offload(recipe, model, mesh)
-    use_longseq(model, recipe, shards.size, away.weights)
+    recipe = use_longseq(model, recipe, mesh, shards.size, away.weights)
     weights = trained(model)
     return Trainer(
         Parts(

@@ -33,28 +33,32 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
 
 
 def use_longseq(
-    model: Any, recipe: Recipe, num_shards: int, weights: WeightTier | None = None
-) -> None:
-    """Switch on the recipe's checkpoints and tiles; `weights` moves those of the blocks.
+    model: Any, recipe: Recipe, mesh: Mesh, num_shards: int, weights: WeightTier | None = None
+) -> Recipe:
+    """Switch on the recipe's checkpoints and tiles; the recipe with what longseq.auto chose.
 
-    ConfigError for a model behind transformers, or for what FSDP2 does not allow.
+    `weights` moves those of the blocks.
+
+    All ranks call it. ConfigError for a model behind transformers, or for what FSDP2 does not
+    allow.
     """
     settings = recipe.longseq
     if settings.auto and not is_chosen(settings) and isinstance(model, Decoder):
-        settings = chosen(recipe, model.config, recipe.parallel.sp, num_shards)
+        settings = chosen(recipe, model.config, mesh, num_shards)
+        recipe = recipe.model_copy(update={"longseq": settings})
     if weights is not None and not settings.checkpoint:
         raise ConfigError(
             "offload.weights needs longseq.checkpoint = true: without it a block's backward reads "
             "weights that are away",
             param="offload.weights",
         )
-    plain = {"head_rows": settings.head_rows, "auto": settings.auto}
-    if settings == LongseqSection.model_validate(plain):
-        return
+    if settings == LongseqSection.model_validate({"head_rows": settings.head_rows}):
+        return recipe
     if not isinstance(model, Decoder):
         raise ConfigError(
-            "[longseq] checkpoints and tiles are those of native models; this one runs behind "
-            "transformers. Leave them out, or choose a model of a native family",
+            "[longseq] checkpoints, tiles and auto are those of native models; this one runs "
+            "behind transformers. Leave them out, or choose a model of a native family",
             param="longseq",
         )
     apply_longseq(model, settings, recipe.run.output, num_shards > 1, weights)
+    return recipe

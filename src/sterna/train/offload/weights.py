@@ -21,6 +21,7 @@ from sterna.model.batch import Batch
 from sterna.train.longseq.blocks import LongBlock
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.store import Store
+from sterna.train.longseq.tiles import RandomState
 from sterna.train.offload.homes import Kept, Piece, TierHome, cut, fetch, num_bytes
 from sterna.train.offload.lanes import Ticket
 
@@ -152,11 +153,11 @@ class OffloadedBlock(LongBlock):
             return LongBlock.run(self, h, batch, table)
 
     def backward(
-        self, h: Tensor, batch: Batch, table: Tensor | None, grad: Tensor, rng: Tensor | None
+        self, h: Tensor, batch: Batch, table: Tensor | None, grad: Tensor, random: RandomState
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """See LongBlock."""
         with self.tier.resident(self.index, self.index - 1):
-            return LongBlock.backward(self, h, batch, table, grad, rng)
+            return LongBlock.backward(self, h, batch, table, grad, random)
 
 
 @contextmanager
