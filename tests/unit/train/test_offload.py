@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
 from sterna.train.offload.homes import MemoryHome, TierHome, new_home
 from sterna.train.offload.lanes import ThreadLane
+from sterna.train.offload.slab import Slab
 from sterna.train.offload.weights import LEAST, WeightTier
 from sterna.train.optim import AdamW
 
@@ -85,6 +87,29 @@ def test_a_piece_is_fetched_while_its_neighbour_is_updated(tmp_path):
     assert events == ["fetch", "fetch", "update", "flush", "fetch", "update", "flush", "update",
                       "flush"]  # fmt: skip
     assert torch.equal(kept.tensor, torch.ones(30))
+
+
+def mapped_bytes(slab):
+    """Resident pages of the slab's maps, by /proc/self/smaps."""
+    inode, found, is_ours = str(os.fstat(slab._file.fileno()).st_ino), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            is_ours = (
+                ".offload-" in line or str(os.fstat(slab._file.fileno()).st_ino) in line.split()
+            )
+        elif is_ours and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_pages_that_a_save_read_are_given_back(tmp_path):
+    slab = Slab(tmp_path)
+    view = slab.view(slab.claim(1 << 20), 1 << 20)
+    view[:] = 7
+    assert mapped_bytes(slab) == 1 << 20
+    slab.drop()
+    assert mapped_bytes(slab) == 0
+    assert int(view.sum()) == 7 << 20
 
 
 def test_a_failing_disk_is_an_error_of_the_step(tmp_path, monkeypatch):

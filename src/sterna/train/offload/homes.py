@@ -148,6 +148,11 @@ class TierHome:
         )
         return Whole(on_host.zero_())
 
+    def drop(self) -> None:
+        """Take back the memory that readers of `tensor` left mapped: a save, an average."""
+        if self._slab is not None:
+            self._slab.drop()
+
     def walk(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Tensor]]:
         """See Home. TrainError when the disk fails."""
         size = max((num_bytes(piece) for piece in pieces), default=0)

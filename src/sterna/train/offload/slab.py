@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Slab:
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".offload-")  # noqa: SIM115
         self._folder = folder
         self._end = 0
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def claim(self, num_bytes: int) -> int:
         """Where a new span of zeros begins. TrainError when the disk has no room for it."""
@@ -44,7 +46,13 @@ class Slab:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         mapped = mmap.mmap(self._file.fileno(), num_bytes, offset=begin)
+        self._maps.add(mapped)
         return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def drop(self) -> None:
+        """Unmap the pages that views touched; what is in them stays in the file."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def read(self, begin: int, out: Tensor) -> None:
         """Fill a contiguous tensor from the bytes at `begin`."""

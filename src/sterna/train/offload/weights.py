@@ -127,6 +127,7 @@ class WeightTier:
         return buffer
 
     def _forget(self) -> None:
+        self._home.drop()
         for buffer in self._buffers:
             buffer.block_idx = -1
 
