@@ -94,9 +94,7 @@ def mapped_bytes(slab):
     inode, found, is_ours = str(os.fstat(slab._file.fileno()).st_ino), 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0]:
-            is_ours = (
-                ".offload-" in line or str(os.fstat(slab._file.fileno()).st_ino) in line.split()
-            )
+            is_ours = inode in line.split()
         elif is_ours and line.startswith("Rss:"):
             found += int(line.split()[1]) * 1024
     return found
