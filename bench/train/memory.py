@@ -78,7 +78,7 @@ def main() -> int:
         for name in CONTESTANTS:
             if args.only in name:
                 search(name, cap, facts, args)
-    table = {cap: {n: longest(p) for n, p in found.items()}
+    table = {cap: {n: longest(p) for n, p in found.items() if n in CONTESTANTS}
              for cap, found in facts["caps_gib"].items()}  # fmt: skip
     write_atomic(args.file.with_suffix(".md"), markdown(table) + "\n")
     plot(table, args.file.with_suffix(".png"))
