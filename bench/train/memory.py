@@ -170,7 +170,8 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    names, none = list(CONTESTANTS), {"tokens": 1, "is_most": False}
+    names = [n for n in CONTESTANTS if any(n in found for found in table.values())]
+    none = {"tokens": 1, "is_most": False}
     for i, (cap, found) in enumerate(table.items()):
         at = [j + i * 0.4 for j in range(len(names))]
         bars = axes.barh(
@@ -186,6 +187,7 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axes.set_yticks([j + 0.2 for j in range(len(names))], names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(1000, 400_000)
     axes.set_xlabel("longest row that trains, tokens")
     axes.legend(fontsize=8)
     figure.tight_layout()
