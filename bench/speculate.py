@@ -5,7 +5,8 @@
 
 Each round runs every task plain and speculating, right after one another, with empty prefix cache
 and drafters that remember nothing from before. Outputs must be equal. Figures: tokens/s of
-all the time, and of the steps without prompt tokens ("decode"); medians over rounds. Writes bench/results/speculate-DATE.json.
+all the time, and of the steps without prompt tokens ("decode"); medians over rounds. With two
+rounds or more it writes bench/results/speculate-DATE.json.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def _write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     settings = {k: str(v) for k, v in vars(args).items() if k != "questions"}
     data = {"machine": fingerprint().line(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(data, indent=1) + "\n")
-    Console().print(f"written: {path.relative_to(ROOT)}")
+    console.print(f"written: {path.relative_to(ROOT)}")
 
 
 def _arguments() -> argparse.Namespace:
