@@ -108,6 +108,12 @@ class NonFiniteError(TrainError):
     code = "non_finite"
 
 
+class RewardError(TrainError):
+    """A reward raised, timed out or gave no finite number."""
+
+    code = "reward_error"
+
+
 class CheckpointError(TrainError):
     """A checkpoint that cannot be written, read or continued as asked."""
 
