@@ -4,9 +4,9 @@
         [--drafters suffix] [--questions mt_bench.jsonl] [--tokens 160] [--temperature 0]
 
 Each round runs every task plain and speculating, right after one another, with empty prefix cache
-and drafters that remember nothing from before the round. Outputs must be equal. Figures: tokens/s of
-all the time from the first step to the last, and of the steps without prompt tokens ("decode");
-medians over rounds. Writes bench/results/speculate-DATE.json.
+and drafters that remember nothing from before. Outputs must be equal. Figures: tokens/s of
+all the time, and of the steps without prompt tokens ("decode"); medians over rounds. With two
+rounds or more it writes bench/results/speculate-DATE.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from speculate_prompts import all_tasks
 
+from speculate_prompts import all_tasks
 from sterna.core.machine import fingerprint
 from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
@@ -34,6 +34,7 @@ from sterna.engine.speculate import Speculator
 from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
+console = Console()
 Outputs = dict[str, list[int]]
 
 
@@ -109,6 +110,9 @@ def _compare(
         run, texts = _run(engine, prompts, batch, args, is_on)
         outputs.append(texts)
         keep(is_on, run)
+        console.print(
+            f"{batch} at once, {'speculating' if is_on else 'plain'}: {run.speed:.0f} tok/s"
+        )
     assert outputs[0] == outputs[1], "speculation changed the output"
 
 
@@ -199,7 +203,7 @@ def _write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     settings = {k: str(v) for k, v in vars(args).items() if k != "questions"}
     data = {"machine": fingerprint().line(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(data, indent=1) + "\n")
-    Console().print(f"written: {path.relative_to(ROOT)}")
+    console.print(f"written: {path.relative_to(ROOT)}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -6,7 +6,6 @@ short ones of our own unless a file of MT-Bench questions is given.
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import inspect
 import json
@@ -30,7 +29,7 @@ QUESTIONS = (
     "Plan a three day trip to Lisbon.",
 )
 FUNCTIONS = (
-    bisect.bisect_right, heapq.merge, textwrap.TextWrapper._split_chunks, statistics.quantiles,
+    textwrap.dedent, heapq.merge, textwrap.TextWrapper._split_chunks, statistics.quantiles,
     shlex.join, statistics.linear_regression, string.capwords, heapq.nsmallest,
 )  # fmt: skip
 PEOPLE = (
@@ -47,8 +46,8 @@ def edits() -> list[Chat]:
         _user(
             "Here is a Python function:\n\n```python\n"
             + "".join(inspect.getsource(function))[:1600]
-            + "\n```\n\nWrite the whole function again and add the parameter `verbose=False` at the "
-            "end of its parameters. Change nothing else."
+            + "\n```\n\nWrite the whole function again and add the parameter `verbose=False` at "
+            "the end of its parameters. Change nothing else."
         )
         for function in FUNCTIONS
     ]
@@ -61,7 +60,7 @@ def rag() -> list[Chat]:
     return [
         _user(
             f"Context:\n{part[:1500]}\n\nQuestion: what does the context say about "
-            f"{' '.join(part.split()[4:8])}? Answer with the sentences of the context, word for word."
+            f"{' '.join(part.split()[4:8])}? Answer with its sentences, word for word."
         )
         for part in parts
     ]
@@ -96,9 +95,9 @@ def extractions() -> list[Chat]:
     return [
         _user(
             f"{name}, aged {age}, lives in {city} and works as a {work}. {name} moved to {city} "
-            f"{age % 9 + 2} years ago.\n\nWrite the facts as JSON with the keys name, age, city, job "
-            'and years. Example: {"name": "Tom Hale", "age": 44, "city": "York", "job": "baker", '
-            '"years": 3}'
+            f"{age % 9 + 2} years ago.\n\nWrite the facts as JSON with the keys name, age, city, "
+            'job and years. Example: {"name": "Tom Hale", "age": 44, "city": "York", '
+            '"job": "baker", "years": 3}'
         )
         for name, age, city, work in PEOPLE
     ]

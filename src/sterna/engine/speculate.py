@@ -102,7 +102,7 @@ class Speculator:
         others = min(
             scheduler.num_pending_prompt_tokens, max(0, scheduler.token_budget - len(decodes))
         )
-        batch = _Batch(self.cost, decodes, others)
+        batch = Batch(self.cost, decodes, others)
         if not batch.may_gain(len(seqs), self._config.num_draft_tokens):
             return
         started = time.perf_counter()
@@ -219,7 +219,7 @@ class Speculator:
             log.error("drafter %s failed %d times and is off", drafter.name, count)
 
 
-class _Batch:
+class Batch:
     """The next step without drafts, and how many rows to add."""
 
     def __init__(self, cost: StepCost, decodes: list[EngineSequence], num_others: int) -> None:

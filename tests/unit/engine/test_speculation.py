@@ -7,11 +7,12 @@ or both. Deltas are joined before they are compared: a step may bring several to
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import Future
 
 import pytest
 from tests.drafts import KINDS, Scripted, always_draft
 
-from sterna.engine.request import FinishReason
+from sterna.engine.request import FinishReason, StructuredSpec
 
 VOCAB = 97
 TEXT = [7, 8, 9, 10, 7, 8, 9, 11, 7, 8] * 5
@@ -284,3 +285,61 @@ def test_nan_logits_in_an_accepted_place_end_the_request(harness, monkeypatch, f
         found.append((h.tokens("a"), h.end("a").finish_reason, str(h.end("a").error)))
     assert want == got
     assert want[0][0][-1] == poison
+
+
+class Digits:
+    """Allows '0' to '9' (tokens 16-25), exactly `length` of them."""
+
+    error = None
+
+    def __init__(self, length):
+        self.left = length
+
+    def fill_bitmask(self, out):
+        assert self.left > 0, "a finished grammar is asked"
+        out[:] = 0
+        out[0] = 0x03FF0000
+
+    def accept(self, token_id):
+        if not (16 <= token_id <= 25 and self.left > 0):
+            self.error = "refused"
+            return False
+        self.left -= 1
+        return True
+
+    def validate_prefix(self, ids):
+        allowed = [16 <= token_id <= 25 for token_id in ids[: self.left]]
+        return allowed.index(False) if False in allowed else len(allowed)
+
+    @property
+    def is_finished(self):
+        return self.left == 0
+
+    def copy(self):
+        return Digits(self.left)
+
+
+class Compiler:
+    num_words = 4
+
+    def submit(self, spec):
+        future = Future()
+        future.set_result(self)
+        return future
+
+    def new_state(self):
+        return Digits(17)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 2, "n": 2, "logprobs": 1}])
+def test_a_grammar_is_followed_through_drafts(compare, kind, params):
+    def add(h):
+        spec = StructuredSpec("regex", "x")
+        h.add("g", TEXT, max_tokens=40, structured=spec, **params)
+        h.add("cut", TEXT, max_tokens=9, structured=spec, **params)
+
+    h, _, _ = compare(add, kind, grammars=Compiler())
+    assert len(h.tokens("g")) == 17
+    assert set(h.tokens("g")) <= set(range(16, 26))
+    assert len(h.tokens("cut")) == 9
