@@ -31,6 +31,7 @@ from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, SamplingParams, StepStats
 from sterna.engine.speculate import Speculator
+from sterna.model.decoder import Decoder
 from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +70,7 @@ def main() -> None:
         weights=args.weights,
         speculation=args.drafters,
         draft_model=args.draft_model,
+        speculator=args.speculator,
         num_draft_tokens=args.draft_tokens,
     )
     engine = build_engine(args.model, config)
@@ -102,7 +104,9 @@ def _compare(
     for is_on in (False, True):
         speculator = engine.speculator
         assert speculator is not None, "built with drafters"
-        drafters = build_drafters(engine.config, engine.tokenizer, "bench")
+        decoder = engine.runner.decoder
+        assert isinstance(decoder, Decoder), "loaded by build_engine"
+        drafters = build_drafters(engine.config, engine.tokenizer, decoder, "bench")
         fresh = Speculator(drafters, engine.config, speculator.cost)
         speculator.drafters, speculator.trust = fresh.drafters, fresh.trust
         speculator.guard = fresh.guard
@@ -215,6 +219,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", default="edit,agent,rag,json,chat")
     parser.add_argument("--drafters", default="suffix")
     parser.add_argument("--draft-model", default=None)
+    parser.add_argument("--speculator", default=None)
     parser.add_argument("--draft-tokens", type=int, default=32)
     parser.add_argument("--questions", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=160)

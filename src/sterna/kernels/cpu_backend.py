@@ -88,6 +88,16 @@ class CpuBackend:
         finally:
             del self._local.sink
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block, this thread runs its calls by itself, at once.
+
+        For threads of low priority: holding the pool, one of them would keep the engine waiting
+        for as long as the system puts it aside.
+        """
+        with self.sending_to(EagerSink(_cpu.Kernels(1, self.kernels.isa))):
+            yield
+
     @property
     def kernels(self) -> Any:
         """The C++ `Kernels`: a thread pool and one instruction set."""

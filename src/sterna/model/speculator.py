@@ -67,7 +67,7 @@ class SpeculatorConfig:
     def __post_init__(self) -> None:
         ids = self.draft_tokens
         is_rising = all(a < b for a, b in itertools.pairwise(ids))
-        if ids and not (is_rising and 0 <= ids[0] and ids[-1] < self.vocab_size):
+        if ids and not (is_rising and ids[0] >= 0 and ids[-1] < self.vocab_size):
             raise ConfigError(
                 f"draft_tokens must be ascending ids in [0, {self.vocab_size}); train a new one"
             )

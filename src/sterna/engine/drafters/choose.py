@@ -8,13 +8,15 @@ from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.base import Drafter
+from sterna.engine.drafters.learned import build_learned_drafter
 from sterna.engine.drafters.model import build_model_drafter
 from sterna.engine.drafters.ngram import NgramDrafter
 from sterna.engine.drafters.suffix import SuffixDrafter
+from sterna.model.decoder import Decoder
 from sterna.text.tokenizer import Tokenizer
 
 OFF, AUTO = "off", "auto"
-NAMES = ("suffix", "ngram", "model")
+NAMES = ("suffix", "ngram", "model", "learned")
 
 
 def drafter_names(config: EngineConfig) -> list[str]:
@@ -22,7 +24,8 @@ def drafter_names(config: EngineConfig) -> list[str]:
     if config.speculation == OFF:
         return []
     if config.speculation == AUTO:
-        return ["suffix", "model"] if config.draft_model else ["suffix"]
+        more = {"model": config.draft_model, "learned": config.speculator}
+        return ["suffix", *(name for name, given in more.items() if given)]
     names = [name.strip() for name in config.speculation.split(",")]
     for name in names:
         if name not in NAMES:
@@ -34,14 +37,22 @@ def drafter_names(config: EngineConfig) -> list[str]:
             "the drafter `model` and the setting draft_model go together; give both or none",
             param="draft_model",
         )
+    if ("learned" in names) != bool(config.speculator):
+        raise ConfigError(
+            "the drafter `learned` and the setting speculator go together; give both or none",
+            param="speculator",
+        )
     return names
 
 
-def build_drafters(config: EngineConfig, tokenizer: Tokenizer, identity: str) -> list[Drafter]:
+def build_drafters(
+    config: EngineConfig, tokenizer: Tokenizer, decoder: Decoder, identity: str
+) -> list[Drafter]:
     """The drafters of an engine; none when speculation is off.
 
-    `identity` names model and tokenizer for outputs that are kept over restarts. Raises
-    ConfigError, and ModelError for a draft model that cannot be loaded.
+    `decoder` is the engine's, prepared for inference. `identity` names model and tokenizer for
+    outputs that are kept over restarts. Raises ConfigError, and ModelError for a draft model or a
+    speculator that cannot be loaded.
     """
     built: list[Drafter] = []
     for name in drafter_names(config):
@@ -52,6 +63,8 @@ def build_drafters(config: EngineConfig, tokenizer: Tokenizer, identity: str) ->
             )
         elif name == "ngram":
             built.append(NgramDrafter())
+        elif name == "learned":
+            built.append(build_learned_drafter(decoder, config))
         else:
             built.append(build_model_drafter(config.draft_model or "", tokenizer, config))
     return built

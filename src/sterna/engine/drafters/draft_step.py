@@ -66,7 +66,10 @@ class _Weights:
 
     def _plain(self, s: Speculator) -> list[tuple[str, Tensor]]:
         copies = 4 if s.config.cell == "lstm" else 1
-        found = [("first_proj", s.first_proj.weight), ("proj", s.proj.weight)]
+        found: list[tuple[str, Tensor]] = [
+            ("first_proj", s.first_proj.weight),
+            ("proj", s.proj.weight),
+        ]
         if s.config.shares_base:
             scaled = s.emb_proj.weight.float() * s.emb_scale
             found += [("emb", scaled.repeat(copies, 1)), ("out_proj", s.out_proj.weight)]
@@ -77,7 +80,7 @@ class _Weights:
         return [(name, w.detach().to(self._dtype).contiguous()) for name, w in found]
 
     def _plain_norms(self, s: Speculator) -> list[tuple[str, Tensor]]:
-        found = [("norm", s.norm.weight), ("norm_bias", s.norm.bias)]
+        found: list[tuple[str, Tensor]] = [("norm", s.norm.weight), ("norm_bias", s.norm.bias)]
         if s.cell_norm is not None:
             found += [("cell_norm", s.cell_norm.weight), ("cell_norm_bias", s.cell_norm.bias)]
         if s.emb is not None:

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from sterna.core.errors import ConfigError
+from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.base import Draft
 from sterna.engine.drafters.draft_step import DraftStep
+from sterna.engine.drafters.learner import Learner
 from sterna.engine.sequence import Sequence
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTypeName
 from sterna.model.speculator import Speculator, load_speculator
-
-if TYPE_CHECKING:
-    from sterna.engine.drafters.learner import Learner
 
 # A place begins as if it had seen so many tokens come true as announced, and forgets at this rate.
 PRIOR_WEIGHT: Final = 16.0
@@ -86,8 +85,6 @@ class LearnedDrafter:
 
     def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
         """See Drafter."""
-        if self.learner is not None:
-            self.learner.extend(seq, tokens)
         said = self._said.pop(seq, None)
         if said is None:
             return
@@ -128,15 +125,29 @@ class LearnedDrafter:
         return tokens.T.tolist(), probs.T.tolist()
 
 
-def load_for(decoder: object, folder: str, max_num_seqs: int, replay: bool) -> LearnedDrafter:
-    """The drafter of a speculator's folder beside `decoder`.
+def build_learned_drafter(decoder: Decoder, config: EngineConfig) -> LearnedDrafter:
+    """The drafter of `config.speculator` beside `decoder`, with a learner if asked for.
 
     ModelError for a folder that is none, ConfigError for one made for another model.
     """
-    if not isinstance(decoder, Decoder):
-        raise ConfigError("a learned speculator needs one of Sterna's own decoders")
-    speculator = load_speculator(Path(folder), _dtype_name(decoder), decoder.device)
-    return LearnedDrafter(speculator, decoder, max_num_seqs=max_num_seqs, replay=replay)
+    folder = Path(config.speculator or "")
+    speculator = load_speculator(folder, _dtype_name(decoder), decoder.device)
+    learner = None
+    if config.speculator_learns:
+        if config.device != "cpu":
+            raise ConfigError(
+                "speculator_learns trains on the CPU beside an engine on the CPU; this one is on "
+                f"{config.device}. Use `sterna train` with kind = 'distill'",
+                param="speculator_learns",
+            )
+        learner = Learner(speculator, decoder, config.speculator_rows)
+    return LearnedDrafter(
+        speculator,
+        decoder,
+        max_num_seqs=config.max_num_seqs,
+        replay=config.capture,
+        learner=learner,
+    )
 
 
 def _dtype_name(decoder: Decoder) -> DTypeName:
