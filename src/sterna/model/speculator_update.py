@@ -93,4 +93,4 @@ class Update:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), 1.0)
         self._optim.step()
-        return float(loss)
+        return loss.item()

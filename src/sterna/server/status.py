@@ -51,6 +51,9 @@ def show_metrics(service: Service) -> Response:
     metrics.running.set(load.num_running)
     metrics.waiting.set(load.num_waiting)
     metrics.kv_usage.set(load.kv_usage)
+    learning = service.engine.learning()
+    if learning is not None:
+        metrics.note_learning(learning)
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
@@ -67,6 +70,7 @@ def show_state(service: Service) -> Response:
         "max_model_len": model.max_model_len,
         "policy": model.policy,
         "speculation": model.speculation,
+        **_learning(service),
         "running": load.num_running,
         "waiting": load.num_waiting,
         "kv_usage": load.kv_usage,
@@ -81,6 +85,12 @@ def stream_steps(service: Service, request: Request) -> Response:
     view = service.view
     pieces = view.stream(_since(request))
     return EventStream(pieces, lambda: None)
+
+
+def _learning(service: Service) -> dict[str, Any]:
+    """Only where a speculator learns while serving."""
+    stats = service.engine.learning()
+    return {} if stats is None else {"speculator_learns": asdict(stats)}
 
 
 def _since(request: Request) -> int:

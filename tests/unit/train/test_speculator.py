@@ -11,12 +11,8 @@ from torch.nn import functional as F
 
 from sterna.core.errors import ConfigError, ModelFileError
 from sterna.model.save import save_model, save_tensors
-from sterna.model.speculator import (
-    Speculator,
-    SpeculatorConfig,
-    load_speculator,
-    speculator_hf_config,
-)
+from sterna.model.speculator import Speculator, SpeculatorConfig
+from sterna.model.speculator_file import load_speculator, speculator_hf_config
 from sterna.train.distill.speculator import SpeculatorPair, acceptance, ahead, speculator_loss
 from sterna.train.loop import train
 

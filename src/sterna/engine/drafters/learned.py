@@ -26,7 +26,8 @@ from sterna.engine.drafters.learner import Learner
 from sterna.engine.sequence import Sequence
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTypeName
-from sterna.model.speculator import Speculator, load_speculator
+from sterna.model.speculator import Speculator
+from sterna.model.speculator_file import load_speculator
 
 # A place begins as if it had seen so many tokens come true as announced, and forgets at this rate.
 PRIOR_WEIGHT: Final = 16.0

@@ -15,12 +15,8 @@ from sterna.model.decoder import Decoder
 from sterna.model.hf_weights import SafetensorsSource
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
-from sterna.model.speculator import (
-    SpeculatorConfig,
-    fill,
-    read_speculator_config,
-    speculator_hf_config,
-)
+from sterna.model.speculator import SpeculatorConfig
+from sterna.model.speculator_file import fill, read_speculator_config, speculator_hf_config
 from sterna.model.swiftkv import SwiftKVConfig, swiftkv_hf_config, swiftkv_names
 from sterna.model.weights import read_parameter
 from sterna.parallel.mesh import Mesh
