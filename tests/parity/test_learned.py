@@ -118,6 +118,8 @@ def test_another_models_speculator_is_refused(decoder):  # noqa: F811
 class Watcher(Scripted):
     """Keeps the state behind every committed token."""
 
+    num_drafts = 99
+
     def __init__(self, *args):
         super().__init__(*args)
         self.states = {}

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from torch import Tensor
 
 from sterna.core.log import get_logger
+from sterna.engine.asking import Asking
 from sterna.engine.config import EngineConfig
+from sterna.engine.draft_rows import Batch
 from sterna.engine.drafters.base import Draft, Drafter, ReadsHidden
 from sterna.engine.request import DraftResult
 from sterna.engine.sequence import Sequence as EngineSequence
@@ -38,8 +40,6 @@ log = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Rows are added only for this much more: estimates are no better.
-MIN_GAIN = 1.02
 # A drafter that raised so often is dropped.
 MAX_FAILURES = 8
 EMA = 0.05
@@ -91,6 +91,8 @@ class Speculator:
         self._excluded: set[EngineSequence] = set()
         self._results: list[DraftResult] = []
         self._hidden: Tensor | None = None
+        self._asking: dict[str, Asking] = {}
+        self._batch: Batch | None = None  # the last one that drafts were asked for
 
     def propose(self, scheduler: Scheduler) -> None:
         """Set `draft` of the running decodes for the next step."""
@@ -106,6 +108,7 @@ class Speculator:
         if not batch.may_gain(len(seqs), self._config.num_draft_tokens):
             return
         started = time.perf_counter()
+        self._batch = batch
         drafts = self._best_drafts(seqs)
         batch.overhead_s = time.perf_counter() - started
         reach = {s: self.trust.reach(s, d.source, d.probs) for s, d in drafts.items()}
@@ -183,7 +186,8 @@ class Speculator:
         best: dict[EngineSequence, Draft] = {}
         scores: dict[EngineSequence, float] = {}
         for drafter in list(self.drafters):
-            drafts = self._guarded(drafter, drafter.propose, seqs, limits) or []
+            asked = self._limits_of(drafter, seqs, limits, scores)
+            drafts = self._ask(drafter, seqs, asked) if any(asked) else []
             for seq, limit, draft in zip(seqs, limits, drafts, strict=False):
                 if draft is None or not draft.tokens:
                     continue
@@ -193,12 +197,41 @@ class Speculator:
                     best[seq], scores[seq] = draft, score
         return best
 
+    def _limits_of(
+        self,
+        drafter: Drafter,
+        seqs: list[EngineSequence],
+        limits: list[int],
+        scores: dict[EngineSequence, float],
+    ) -> list[int]:
+        """0 for those that have more already than this drafter could give, all 0 in a pause."""
+        if not self._asking.setdefault(drafter.name, Asking()).is_due():
+            return [0] * len(seqs)
+        if not isinstance(drafter, ReadsHidden):
+            return limits
+        most = drafter.num_drafts
+        pairs = zip(seqs, limits, strict=True)
+        return [0 if scores.get(seq, 0.0) >= most else limit for seq, limit in pairs]
+
+    def _ask(
+        self, drafter: Drafter, seqs: list[EngineSequence], limits: list[int]
+    ) -> list[Draft | None]:
+        assert self._batch is not None, "set by propose"
+        started = time.perf_counter()
+        drafts = self._guarded(drafter, drafter.propose, seqs, limits) or []
+        seconds = time.perf_counter() - started
+        self._asking[drafter.name].note_ask(seconds, self._batch.plain_s)
+        return drafts
+
     def _note_result(
         self, seq: EngineSequence, draft: Draft, tokens: list[int], num_drafts: int
     ) -> None:
         hits = [a == b for a, b in zip(draft.tokens[:num_drafts], tokens, strict=False)]
         num_accepted = hits.index(False) if False in hits else len(hits)
         self.trust.note(seq, draft.source, draft.probs, hits[: num_accepted + 1])
+        if self._batch is not None:
+            gain = self._batch.gain_s(num_drafts, num_accepted)
+            self._asking.setdefault(draft.source, Asking()).note_gain(gain)
         self._results.append(DraftResult(draft.source, num_drafts, num_accepted))
 
     def _guarded(
@@ -217,48 +250,6 @@ class Speculator:
         if count >= MAX_FAILURES and drafter in self.drafters:
             self.drafters.remove(drafter)
             log.error("drafter %s failed %d times and is off", drafter.name, count)
-
-
-class Batch:
-    """The next step without drafts, and how many rows to add."""
-
-    def __init__(self, cost: StepCost, decodes: list[EngineSequence], num_others: int) -> None:
-        self._cost = cost
-        self._rows = len(decodes) + num_others
-        self._keys = sum(seq.num_computed for seq in decodes)
-        self._plain_rate = self._rows / cost.seconds(self._rows, self._keys)
-        self._mean_keys = self._keys // len(decodes)
-        self.overhead_s = 0.0
-
-    def may_gain(self, num_seqs: int, max_length: int) -> bool:
-        """Even a draft that is all right pays only where rows are cheap."""
-        length = 1
-        while length <= max_length:
-            rows = num_seqs * length
-            seconds = self._cost.seconds(self._rows + rows, self._keys + rows * self._mean_keys)
-            if (self._rows + rows) / seconds > MIN_GAIN * self._plain_rate:
-                return True
-            length *= 2
-        return False
-
-    def choose(
-        self, reach: dict[EngineSequence, list[float]], max_rows: int
-    ) -> dict[EngineSequence, int]:
-        """Length of each sequence's draft."""
-        order = [(-r, seq.order, seq) for seq, found in reach.items() for r in found]
-        order.sort(key=lambda item: item[:2])
-        best_rate, best_count = MIN_GAIN * self._plain_rate, 0
-        tokens, keys = float(self._rows), self._keys
-        for i, (minus_r, _, seq) in enumerate(order[:max_rows]):
-            tokens -= minus_r
-            keys += seq.num_computed
-            seconds = self._cost.seconds(self._rows + i + 1, keys) + self.overhead_s
-            if tokens / seconds > best_rate:
-                best_rate, best_count = tokens / seconds, i + 1
-        lengths: dict[EngineSequence, int] = {}
-        for _, _, seq in order[:best_count]:
-            lengths[seq] = lengths.get(seq, 0) + 1
-        return lengths
 
 
 def _trimmed(seq: EngineSequence, draft: Draft, limit: int) -> Draft:

@@ -32,7 +32,12 @@ class Draft:
 
 @runtime_checkable
 class ReadsHidden(Protocol):
-    """A drafter that also wants the target's hidden states."""
+    """A drafter that also wants the target's hidden states.
+
+    `num_drafts`: tokens of its longest draft. Where others have promised as many it is not asked.
+    """
+
+    num_drafts: int
 
     def observe(self, seq: Sequence, hidden: Tensor) -> None:
         """[tokens, D]: the final normed states that the tokens of the next `extend` were drawn

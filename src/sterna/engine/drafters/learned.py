@@ -68,6 +68,7 @@ class LearnedDrafter:
         learner: Learner | None = None,
     ) -> None:
         self.name: str = speculator.config.cell
+        self.num_drafts = speculator.config.num_drafts
         self.step = DraftStep(speculator, decoder, max_num_seqs, replay)
         self.learner = learner
         self._max_seqs = max_num_seqs
