@@ -29,7 +29,7 @@ from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.engine import Engine
-from sterna.engine.request import EngineRequest, SamplingParams, StepStats
+from sterna.engine.request import DraftResult, EngineRequest, SamplingParams, StepStats
 from sterna.engine.speculate import Speculator
 from sterna.model.decoder import Decoder
 from sterna.text.chat import ChatRenderer
@@ -51,6 +51,7 @@ class Run:
     num_accepted: int
     num_drafts: int
     num_steps: int
+    by_source: dict[str, tuple[int, int, int]]  # drafts, their tokens, those accepted
 
     @property
     def speed(self) -> float:
@@ -158,8 +159,18 @@ def _run(
         num_accepted=sum(d.num_accepted for d in drafts),
         num_drafts=len(drafts),
         num_steps=len(steps),
+        by_source=_by_source(drafts),
     )
     return run, found
+
+
+def _by_source(drafts: list[DraftResult]) -> dict[str, tuple[int, int, int]]:
+    found: dict[str, tuple[int, int, int]] = {}
+    for draft in drafts:
+        num, tokens, accepted = found.get(draft.source, (0, 0, 0))
+        counts = (num + 1, tokens + draft.num_tokens, accepted + draft.num_accepted)
+        found[draft.source] = counts
+    return found
 
 
 def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, object]]:
@@ -182,6 +193,8 @@ def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, objec
             "accepted_a_draft": one.num_accepted / max(one.num_drafts, 1),
             "accepted_share": one.num_accepted / max(one.num_drafted, 1),
             "accepted_of_output": one.num_accepted / one.num_tokens,
+            "tokens_a_decode_step": one.num_tokens / one.num_steps,
+            "by_source": one.by_source,
             "runs": [asdict(run) for run in (*plain, *spec)],
         })  # fmt: skip
     return rows
@@ -189,7 +202,7 @@ def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, objec
 
 def _show(rows: list[dict[str, object]]) -> None:
     table = Table(title="tokens/s, plain against speculating")
-    names = [name for name in rows[0] if name != "runs"]
+    names = [name for name in rows[0] if name not in ("runs", "by_source")]
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:

@@ -2,16 +2,16 @@
 
 A head on the model's states takes a tenth of a decode step, asked in vain as well. Its gain is the
 plain seconds of the tokens that came true, less the seconds of the rows that it took to verify
-them. After ASKS proposals a drafter that gained less than it took pauses, each time for twice as
-many steps; a fresh one that pays is asked at every step again. Drafters whose time is nothing
-beside a step (suffix: microseconds) are always asked.
+them. A drafter that gained less than it took over FIRST_ASKS proposals (ASKS where
+it paid before) pauses, each time for twice as many steps; one that pays is asked at every step
+again. Drafters whose time is nothing beside a step (suffix: microseconds) are always asked.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-ASKS: Final = 64
+FIRST_ASKS, ASKS = 16, 64
 PAUSE, MAX_PAUSE = 64, 4096
 # Of a step's seconds: less is not counted.
 NOTHING: Final = 0.01
@@ -23,6 +23,7 @@ class Asking:
     def __init__(self) -> None:
         self._spent = self._gained = self._steps_s = 0.0
         self._num_asks = 0
+        self._asks = FIRST_ASKS
         self._pause = PAUSE
         self._left = 0
 
@@ -33,7 +34,7 @@ class Asking:
 
     def note_ask(self, seconds: float, step_s: float) -> None:
         """A proposal took `seconds`, where a step without drafts takes `step_s`."""
-        if self._num_asks == ASKS:
+        if self._num_asks == self._asks:
             self._judge()
         self._num_asks += 1
         self._spent += min(seconds, step_s)  # a pause of the machine is not the drafter's
@@ -46,8 +47,9 @@ class Asking:
     def _judge(self) -> None:
         is_cheap = self._spent < NOTHING * self._steps_s
         if is_cheap or self._gained >= self._spent:
-            self._pause = PAUSE
+            self._pause, self._asks = PAUSE, ASKS
         else:
+            self._asks = FIRST_ASKS
             self._left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
         self._spent = self._gained = self._steps_s = 0.0
         self._num_asks = 0

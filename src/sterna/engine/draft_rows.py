@@ -44,7 +44,9 @@ class Batch:
         """Length of each sequence's draft."""
         order = [(-r, seq.order, seq) for seq, found in reach.items() for r in found]
         order.sort(key=lambda item: item[:2])
-        best_rate, best_count = MIN_GAIN * self._plain_rate, 0
+        # What asking took is spent either way (asking.py decides whether to ask).
+        plain_rate = self._rows / (self.plain_s + self.overhead_s)
+        best_rate, best_count = MIN_GAIN * plain_rate, 0
         tokens, keys = float(self._rows), self._keys
         for i, (minus_r, _, seq) in enumerate(order[:max_rows]):
             tokens -= minus_r

@@ -92,11 +92,13 @@ class Speculator:
         self._results: list[DraftResult] = []
         self._hidden: Tensor | None = None
         self._asking: dict[str, Asking] = {}
+        self._asked_s = 0.0  # how long drafters took before this step
         self._batch: Batch | None = None  # the last one that drafts were asked for
 
     def propose(self, scheduler: Scheduler) -> None:
         """Set `draft` of the running decodes for the next step."""
         self._pending.clear()
+        self._asked_s = 0.0
         decodes = [seq for seq in scheduler.running if seq.may_draft]
         seqs = [seq for seq in decodes if self._limit(seq) > 0]
         if not seqs or self.guard.is_paused():
@@ -110,7 +112,7 @@ class Speculator:
         started = time.perf_counter()
         self._batch = batch
         drafts = self._best_drafts(seqs)
-        batch.overhead_s = time.perf_counter() - started
+        batch.overhead_s = self._asked_s = time.perf_counter() - started
         reach = {s: self.trust.reach(s, d.source, d.probs) for s, d in drafts.items()}
         lengths = batch.choose(reach, scheduler.max_drafts)
         for seq, draft in drafts.items():
@@ -165,7 +167,7 @@ class Speculator:
         if step.num_draft_tokens:
             plain_s = self.cost.seconds(len(step.chunks), plain_keys)
             self.guard.note(num_tokens, len(step.chunks), seconds, plain_s)
-        self.cost.note(rows, keys, seconds)
+        self.cost.note(rows, keys, max(seconds - self._asked_s, 0.5 * seconds))
 
     def take_results(self) -> tuple[DraftResult, ...]:
         """Drafts verified since the last call."""

@@ -37,7 +37,7 @@ from sterna.model.speculator_update import Base, Update, num_accepted
 log = get_logger(__name__)
 
 IDLE_S: Final = 0.25
-ROUND_STEPS, BATCH_ROWS, LR = 32, 64, 5e-4
+ROUND_STEPS, BATCH_ROWS, LR = 32, 64, 1e-4
 # Rows that are new since the last round, and rows to compare on, before a round begins.
 MIN_NEW_ROWS, MIN_HELD_OUT, MAX_HELD_OUT = 512, 128, 1024
 _POLL_S: Final = 0.1
