@@ -12,8 +12,10 @@ from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
+from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.engine import Engine
 from sterna.engine.memory import engine_shape
+from sterna.engine.stepcost import StepCost, load_cost, measure_cost, save_cost
 from sterna.engine.structured import GrammarCompiler
 from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.load import load_kernels
@@ -47,9 +49,13 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     decoder.prepare_inference()
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
-    engine = Engine(decoder, tokenizer, config, shape, grammars)
+    key = _curve_key(path, dtype, weights_of(model, config), config)
+    drafters = build_drafters(config, tokenizer, f"{path.resolve()} {shape.vocab_size}")
+    engine = Engine(decoder, tokenizer, config, shape, grammars, drafters)
     if config.token_budget is None:
-        tune_budget(engine, _curve_key(path, dtype, weights_of(model, config), config))
+        tune_budget(engine, key)
+    if engine.speculator is not None:
+        engine.speculator.cost = tune_cost(engine, key)
     return engine
 
 
@@ -108,6 +114,20 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
     idle = engine.scheduler.idle_budget
     log.info("token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line())
     return curve
+
+
+def tune_cost(engine: Engine, key: str) -> StepCost:
+    """What a step costs by its rows, for speculation; measured earlier or now."""
+    cost = load_cost(key)
+    origin = "measured earlier"
+    if cost is None:
+        origin = "measured now"
+        max_rows = min(engine.config.max_draft_rows, engine.limits.max_pool_tokens)
+        longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
+        cost = measure_cost(engine.runner.run_verify_probe, max_rows, longest)
+        save_cost(key, cost)
+    log.info("step by output rows (%s): %s", origin, cost.line())
+    return cost
 
 
 def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> str:

@@ -36,3 +36,6 @@ class Batch:
     context_lens: Tensor  # [S] int32   cached + new tokens
     output_rows: Tensor | None = None  # [R] int32   rows whose hidden state is wanted; None = all
     kv: KVView | None = None
+    # [S + 1] int32   where each sequence's output rows begin in [0, R]. In serving only (None in
+    # training): there the output rows of a sequence are the last rows of its chunk, or none.
+    output_starts: Tensor | None = None

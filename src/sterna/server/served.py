@@ -28,6 +28,7 @@ class ServedModel:
     num_kv_blocks: int
     block_size: int  # tokens
     policy: str
+    speculation: str  # the drafters in use, or off
     kernels: str
     machine: str
 
@@ -56,6 +57,7 @@ def describe(engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         num_kv_blocks=core.pool.num_usable,
         block_size=core.config.block_size,
         policy=core.config.policy,
+        speculation=", ".join(core.drafter_names) or "off",
         # A CUDA device runs the reference ops, whatever was built for the CPU.
         kernels="reference" if core.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),
