@@ -64,7 +64,10 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.limits = Limits(
-            shape.vocab_size, shape.max_model_len, pool.num_usable * config.block_size
+            shape.vocab_size,
+            shape.max_model_len,
+            pool.num_usable * config.block_size,
+            decoder.skips_prompt_rows,
         )
         self.scheduler = Scheduler(tables, budget, config.max_num_seqs, config.policy)
         self.runner = Runner(

@@ -52,7 +52,7 @@ class Target:
 
 def adaptable(decoder: Decoder) -> Iterator[Target]:
     """Every part of every projection in the blocks, adapted already or not."""
-    names = decoder.config.family.hf_names
+    names = decoder.config.hf_names
     for name, module in decoder.named_modules():
         base = module.base if isinstance(module, AdaptedModule) else module
         if ".base" in name or not isinstance(base, _BASES):

@@ -20,7 +20,7 @@ from sterna.train.adapter_config import AdapterConfig
 from sterna.train.adapter_file import adapter_files, load_adapter
 from sterna.train.config import Recipe
 from sterna.train.sft import Sft
-from sterna.train.task import Weights
+from sterna.train.task import Weights, plain_form
 
 # The losses read the head as one matrix, so it and a tied embedding stay plain.
 _PLAIN = ("embed_tokens", "lm_head")
@@ -43,6 +43,7 @@ class Lora(Sft):
         path = resolve_model(recipe.model.path)
         settings = recipe.model
         decoder = load_quantized(path, settings.dtype, mesh.device, settings.weights).decoder
+        plain_form(decoder, path)
         dequantize_decoder(decoder, _PLAIN)
         if source is not None:
             load_adapter(decoder, source)

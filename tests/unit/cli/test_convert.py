@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sterna.cli.main import run
-from sterna.model.load import load_model
-from sterna.model.swiftkv import load_swiftkv
+from sterna.model.load import load_config, load_model
 from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.adapter_file import save_adapter
@@ -50,7 +49,7 @@ def test_a_conversion_within_the_limit_is_written(folder, capsys):
     report = json.loads((folder / "out" / "swiftkv.json").read_text())
     assert report["max_drop"] == 100
     assert report["student_loss"] > 0
-    assert load_swiftkv(folder / "out").swift.num_key_value_layers == 2
+    assert load_config(folder / "out").swiftkv.num_key_value_layers == 2
     assert convert(folder) == 2  # is there already
 
 

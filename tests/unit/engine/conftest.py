@@ -58,6 +58,7 @@ class FakeDecoder:
     """See the module docstring. `poison` tokens make logits NaN, `explode` tokens raise."""
 
     dtype = torch.float32
+    skips_prompt_rows = False
 
     def __init__(self, poison=(), explode=()):
         self.config = FakeConfig()

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from sterna.core.errors import ConfigError, ModelError, ModelFileError
+from sterna.core.errors import ConfigError, SternaError
 from sterna.kernels import reference
 from sterna.model.load import load_model
-from sterna.model.save import save_model, save_tensors
-from sterna.model.swiftkv import SwiftKVConfig, load_swiftkv, owners, swiftkv_hf_config
+from sterna.model.save import save_model
+from sterna.model.swiftkv_config import SwiftKVConfig, owners
 from sterna.train.distill.measure import last_quality
 from sterna.train.distill.swiftkv import (
     SwiftKVPair,
     own_parameters,
-    student_tensors,
     swiftkv_loss,
 )
 from sterna.train.loop import train
@@ -54,11 +54,16 @@ def by_definition(pair, batch):
     h = student.first(batch)
     s = student.norm_swiftkv(h)
     kv_of, kv_size = owners(config, student.swift), config.num_key_value_heads * config.head_dim
+    groups = list(dict.fromkeys(kv_of.values()))
     for i in range(k, config.num_hidden_layers):
         block, owner = student.layers[i], student.layers[kv_of[i]].attn
         attn = block.attn
         q = F.linear(block.attn_norm(h), attn.q_swiftkv.weight, attn.q_swiftkv.bias)
-        weight, bias = owner.kv_swiftkv.weight, owner.kv_swiftkv.bias
+        first = groups.index(kv_of[i]) * 2 * kv_size
+        weight, bias = (
+            None if p is None else p[first : first + 2 * kv_size]
+            for p in (student.kv_swiftkv.weight, student.kv_swiftkv.bias)
+        )
         keys = F.linear(s, weight[:kv_size], None if bias is None else bias[:kv_size])
         values = F.linear(s, weight[kv_size:], None if bias is None else bias[kv_size:])
         norms = [None if n is None else n.weight for n in (attn.q_norm, owner.k_norm)]
@@ -97,8 +102,7 @@ def test_group_weights_start_as_means(decoder_of):
     teacher = decoder_of("llama")
     student = SwiftKVPair(teacher, SwiftKVConfig(2, 2)).student
     rows = [teacher.layers[i].attn.qkv.weight[128:] for i in (2, 3)]
-    assert torch.equal(student.attention(2).kv_swiftkv.weight, torch.stack(rows).mean(0))
-    assert student.attention(3).kv_swiftkv is None
+    assert torch.equal(student.kv_swiftkv.weight, torch.stack(rows).mean(0))
     assert torch.equal(
         student.attention(3).q_swiftkv.weight, teacher.layers[3].attn.qkv.weight[:128]
     )
@@ -112,18 +116,32 @@ def test_checkpoint_comes_back_and_is_nobody_elses(
     stir(pair)
     batch = packed([tokens_of(20)])
     student = pair.student
-    save_tensors(student_tensors(student), swiftkv_hf_config(student), tmp_path)
-    again = load_swiftkv(tmp_path, "float32")
+    save_model(student, tmp_path)
+    again = load_model(tmp_path, "float32").decoder
     with torch.no_grad():
         assert torch.equal(again(batch), student(batch))
-    with pytest.raises(ModelError, match="SwiftKV"):
+    (name,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert "SwiftKV" in name
+    stored = set(load_file(tmp_path / "model.safetensors"))
+    assert {f"{kind}_proj_swiftkv" for kind in "qkv"} <= {n.split(".")[-2] for n in stored}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"version": 2}, "reads version 1"),
+        ({"version": 1}, "has no 'num_key_value_layers'"),
+        ({"num_key_value_layers": 4}, "1 to 3 can be kept"),
+    ],
+)
+def test_a_damaged_section_is_refused(decoder_of, tmp_path, section, words):
+    pair = SwiftKVPair(decoder_of("llama"), SwiftKVConfig(1))
+    save_model(pair.student, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["swiftkv"] = section if "version" in section else {**values["swiftkv"], **section}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(SternaError, match=words):
         load_model(tmp_path)
-
-
-def test_a_plain_folder_is_refused(decoder_of, tmp_path):
-    save_model(decoder_of("llama"), tmp_path)
-    with pytest.raises(ModelFileError, match="convert swiftkv"):
-        load_swiftkv(tmp_path)
 
 
 def test_output_rows_select_without_changing_values(decoder_of, packed, tokens_of):
@@ -208,11 +226,11 @@ def test_a_run_lowers_the_loss_measures_and_resumes_to_the_bit(tmp_path):
     assert [line["step"] for line in lines] == [0, 4, 8]
     assert lines[-1]["kl"] < lines[0]["kl"]
     assert last_quality(whole.output).kl == lines[-1]["kl"]
-    expected = load_swiftkv(whole.model, "float32").state_dict()
+    expected = load_model(whole.model, "float32").decoder.state_dict()
     whole.output.rename(tmp_path / "first")
     train(distill_recipe(tmp_path, 4))
     resumed = train(distill_recipe(tmp_path), resume=True)
-    again = load_swiftkv(resumed.model, "float32").state_dict()
+    again = load_model(resumed.model, "float32").decoder.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], again[name])] == []
     assert measured(resumed.output) == lines
 
