@@ -15,6 +15,8 @@ from sterna.kernels import reference
 from sterna.model.load import load_model
 from sterna.model.save import save_model
 from sterna.model.swiftkv_config import SwiftKVConfig, owners
+from sterna.parallel.mesh import Mesh
+from sterna.train.distill.fit import RIDGE, LeastSquares
 from sterna.train.distill.measure import last_quality
 from sterna.train.distill.swiftkv import (
     SwiftKVPair,
@@ -206,7 +208,7 @@ def distill_recipe(folder, steps=8, **distill):
     return recipe(
         folder,
         kind="distill",
-        distill={"layers": 1, **distill},
+        distill={"layers": 1, "fit_tokens": 0, **distill},
         run={"steps": steps},
         schedule={"total_steps": 8},
         data={"held_out": 0.1},
@@ -235,6 +237,13 @@ def test_a_run_lowers_the_loss_measures_and_resumes_to_the_bit(tmp_path):
     assert measured(resumed.output) == lines
 
 
+def test_a_fitted_student_starts_nearer(tmp_path):
+    lines = [measured(train(distill_recipe(tmp_path, 1)).output)[0]]
+    (tmp_path / "run").rename(tmp_path / "copied")
+    lines.append(measured(train(distill_recipe(tmp_path, 1, fit_tokens=4096)).output)[0])
+    assert lines[1]["kl"] < lines[0]["kl"] / 4
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -247,3 +256,34 @@ def test_what_distillation_cannot_prove_is_refused(tmp_path, change, words):
     merge_into(values, change)
     with pytest.raises(ConfigError, match=words):
         train(make_recipe(values))
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_the_fit_is_the_least_squares_solution(
+    decoder_of, packed, tokens_of, family_name, group_size
+):
+    """Against torch's own least squares, on rows that stand for the ridge (see fit.py)."""
+    pair = SwiftKVPair(decoder_of(family_name), SwiftKVConfig(2, group_size))
+    student, linear = pair.student, pair.student.kv_swiftkv
+    batches = [packed([tokens_of(60, seed)]) for seed in range(4)]
+    start = torch.cat([p.detach()[:, None] if p.dim() == 1 else p.detach()
+                       for p in linear.parameters()], 1).double().T  # fmt: skip
+    fit, seen, wanted = LeastSquares(pair), [], []
+    with torch.no_grad():
+        for batch in batches:
+            fit.add(batch)
+            x = student.first(batch)
+            s = student.norm_swiftkv(x).double()
+            seen.append(s if linear.bias is None else torch.cat([s, torch.ones(60, 1)], 1))
+            kv = dict(pair.teacher_kv(x, batch))
+            width = linear.out_features // len(student.groups)
+            members = [[i for i, o in student.owners.items() if o == g] for g in student.groups]
+            wanted.append(
+                torch.cat([sum(kv[i][:, -width:] for i in m) / len(m) for m in members], 1).double()
+            )
+    assert fit.solve(Mesh.single()) == 240
+    s, y = torch.cat(seen) / 240**0.5, torch.cat(wanted) / 240**0.5
+    root = (RIDGE * (s * s).sum(0).mean()).sqrt()
+    s, y = torch.cat([s, root * torch.eye(s.shape[1])]), torch.cat([y, root * start])
+    expected = torch.linalg.lstsq(s, y).solution
+    assert (linear.weight.T - expected[: linear.weight.shape[1]]).abs().max() <= 1e-5

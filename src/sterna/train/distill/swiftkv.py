@@ -7,9 +7,10 @@ alone are trained. They start as
     q_swiftkv_i      layer i's own query rows
     kv_swiftkv_j     the mean over its group of the layers' own key and value rows
 
-so with k = L - 1 and no groups the student starts as the teacher. The first k layers are frozen
-and the same in both: they run once, without a graph. With p the teacher, q the student and h the
-output of layer L - 2, the loss of a step is a mean over trained tokens of
+so with k = L - 1 and no groups the student starts as the teacher; then keys and values are fitted
+to the teacher's (fit.py). The first k layers are frozen and the same in both: they run once,
+without a graph. With p the teacher, q the student and h the output of layer L - 2, the loss of a
+step is a mean over trained tokens of
 
     T^2 KL(p^(1/T) || q^(1/T)) + w |h_student - h_teacher|^2 / |h_teacher|^2
 
@@ -20,6 +21,8 @@ later layers when served.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +83,14 @@ class SwiftKVPair(nn.Module):
             taught = self._teacher_later(x, batch)
         late, h = self.student.later(x, batch)
         return (late, self.student.norm(h)), taught
+
+    def teacher_kv(self, x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        """(layer, the teacher's qkv [T, (H + 2G) * C] before head norms and rotation) from k on."""
+        h = x
+        for i in self.student.owners:
+            block = _block(self.teacher, i)
+            yield i, block.attn.qkv(block.attn_norm(h))
+            h = block(h, batch, self.teacher.rope_of(i), None)
 
     def _teacher_later(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         h = late = x

@@ -20,6 +20,7 @@ from sterna.model.weights import export, read_parameter
 from sterna.parallel.mesh import Mesh
 from sterna.quant.load import PLAIN, load_quantized
 from sterna.train.config import Recipe
+from sterna.train.distill.fit import fit_start
 from sterna.train.distill.measure import MeasureDrafts, MeasureStudent
 from sterna.train.distill.speculator import SpeculatorPair, speculator_loss
 from sterna.train.distill.swiftkv import (
@@ -47,6 +48,8 @@ class SwiftKVTask:
         pair = SwiftKVPair(teacher, swift_config(recipe, teacher))
         if source is not None:
             _fill_student(pair, source)
+        elif recipe.distill.fit_tokens:
+            fit_start(pair, recipe, mesh)
         return pair
 
     def loss(self, recipe: Recipe) -> Loss:
