@@ -118,6 +118,11 @@ class Engine:
         return self.scheduler.num_waiting_tokens
 
     @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a prompt token runs."""
+        return self._decoder.prompt_layers
+
+    @property
     def pool(self) -> BlockPool:
         """The KV blocks' bookkeeping."""
         return self.scheduler.tables.pool

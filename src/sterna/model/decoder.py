@@ -113,6 +113,12 @@ class Decoder(nn.Module):
             if isinstance(module, Attention):
                 module.plan = plan
 
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a served prompt token runs."""
+        swift, count = self.config.swiftkv, self.config.num_hidden_layers
+        return f"all {count}" if swift is None else swift.line(count)
+
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""
         return self.logits(self.hidden(batch))

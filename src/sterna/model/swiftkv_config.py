@@ -47,10 +47,10 @@ class SwiftKVConfig:
             )
 
     def line(self, num_layers: int) -> str:
-        """For people: "SwiftKV, prompts run 15 of 30 layers, keys and values shared by 2"."""
+        """For people: which layers a prompt token runs, and how many later ones share a cache."""
         size = self.key_value_group_size
-        shared = f", later layers share keys and values by {size}" if size > 1 else ""
-        return f"SwiftKV, prompts run {self.num_key_value_layers} of {num_layers} layers{shared}"
+        shared = f", groups of {size} share keys and values" if size > 1 else ""
+        return f"{self.num_key_value_layers} of {num_layers} (SwiftKV{shared})"
 
 
 def owners(config: ModelConfig, swift: SwiftKVConfig) -> dict[int, int]:

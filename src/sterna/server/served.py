@@ -28,6 +28,7 @@ class ServedModel:
     num_kv_blocks: int
     block_size: int  # tokens
     policy: str
+    prompt_layers: str
     kernels: str
     machine: str
 
@@ -56,6 +57,7 @@ def describe(engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         num_kv_blocks=core.pool.num_usable,
         block_size=core.config.block_size,
         policy=core.config.policy,
+        prompt_layers=core.prompt_layers,
         # A CUDA device runs the reference ops, whatever was built for the CPU.
         kernels="reference" if core.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),

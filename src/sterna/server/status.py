@@ -66,6 +66,7 @@ def show_state(service: Service) -> Response:
         "block_size": model.block_size,
         "max_model_len": model.max_model_len,
         "policy": model.policy,
+        "prompt_layers": model.prompt_layers,
         "running": load.num_running,
         "waiting": load.num_waiting,
         "kv_usage": load.kv_usage,

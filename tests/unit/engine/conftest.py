@@ -59,6 +59,7 @@ class FakeDecoder:
 
     dtype = torch.float32
     skips_prompt_rows = False
+    prompt_layers = "all 1"
 
     def __init__(self, poison=(), explode=()):
         self.config = FakeConfig()
