@@ -38,7 +38,7 @@ def read_config(path: Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.config {path}: {error}; give a Hugging Face config.json", param="model.config"
+            f"{path}: {error}; give a Hugging Face config.json", param="model.config"
         ) from error
     config = parse_config(values, str(path))
     if config.swiftkv is not None:

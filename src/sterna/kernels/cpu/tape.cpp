@@ -16,12 +16,13 @@ const auto& kernel(const KernelTable& t, const StoreArgs&) { return t.store; }
 const auto& kernel(const KernelTable& t, const AttentionArgs&) { return t.attention; }
 const auto& kernel(const KernelTable& t, const AttentionGradArgs&) { return t.attention_grad; }
 const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
+const auto& kernel(const KernelTable& t, const ScoreArgs&) { return t.score; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "store", "attention", "attention_grad", "draw", "quant_linear", "quant_embed", "quant_rows"};
+                                 "store", "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed", "quant_rows"};
 
 }  // namespace
 
