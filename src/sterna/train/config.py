@@ -15,6 +15,7 @@ from sterna.parallel.config import ParallelConfig
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.distill.config import DistillSection
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.offload.config import OffloadSection
 
 Kind = Literal["sft", "pretrain", "distill"]
 
@@ -93,6 +94,22 @@ class OptimSection(Section):
         ge=0,
         lt=1,
         description="average of the weights, used by eval and export; 0 = none",
+    )
+
+
+class LossSection(Section):
+    """What is added to the cross entropy in training; evals are without."""
+
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the target's weight spread over all tokens (arXiv 1512.00567)",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="times log-sum-exp of the logits squared (arXiv 2204.02311); 1e-4 is usual",
     )
 
 
@@ -182,6 +199,7 @@ class Recipe(Section):
     kind: Kind = Field(default="sft", description="sft (chats), pretrain (texts) or distill")
     model: ModelSection = ModelSection()
     data: DataConfig
+    loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     run: RunSection = RunSection()
@@ -198,6 +216,15 @@ class Recipe(Section):
     longseq: LongseqSection = Field(
         default_factory=lambda: LongseqSection.model_validate({}), description="see its keys"
     )
+    offload: OffloadSection = Field(
+        default_factory=lambda: OffloadSection.model_validate({}), description="see its keys"
+    )
     parallel: ParallelConfig = Field(
         default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"
     )
+
+    @model_validator(mode="after")
+    def _loss_is_used(self) -> Recipe:
+        if self.kind == "distill" and self.loss != LossSection():
+            raise ValueError("[loss] is of sft and pretrain; kind = distill has a loss of its own")
+        return self

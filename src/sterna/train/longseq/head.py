@@ -2,6 +2,8 @@
 
     z = softcap(scale * h W^T + b)                       a chunk of rows at a time, float32
     cross entropy   sum over valid t of lse(z_t) - z_t[y_t]
+                      + s (z_t[y_t] - mean z_t)     label smoothing s (arXiv 1512.00567, section 7)
+                      + c lse(z_t)^2                z-loss c (PaLM, arXiv 2204.02311, section 5)
     log-probs       z_t[y_t] - lse(z_t), with the entropy lse - sum p z
     KL              sum over rows of KL(softmax(z_teacher / T) || softmax(z_student / T))
 
@@ -17,7 +19,8 @@ backward computes each chunk's logits again: with upstream gradients g (log-prob
 
     d z_j = (g (1[j = y] - p_j) - k p_j (log p_j + H)) / temperature
 
-The weight's gradient is summed over chunks in float32.
+that of the cross entropy is d z_j = p_j (1 + 2 c lse) - (1 - s) 1[j = y] - s / V. The weight's
+gradient is summed over chunks in float32.
 
 The road not taken: one loop over vocabulary tiles too (no logits at all). It computes the logits
 twice, and a chunk of them is small beside the weight's float32 gradient already.
@@ -84,17 +87,21 @@ def chunked_cross_entropy(
     scale: float = 1.0,
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """hidden [T, D], weight [V, D], targets [T] (IGNORE = no loss) -> SUM over valid tokens.
 
     float32 scalar (float64 for float64 hidden states), with a graph also when no token is valid.
+    `label_smoothing` s and `z_loss` c are those of the formula above.
     Raises KernelError for shapes that do not fit, a packed or quantised weight, a target beyond V.
     """
     check(hidden, weight, bias, targets)
     settings = HeadSettings(softcap, scale, chunk_rows)
 
     def work(wants: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        return _cross_entropy(hidden.detach(), weight, bias, targets, settings, wants)
+        penalty = (label_smoothing, z_loss)
+        return _cross_entropy(hidden.detach(), weight, bias, targets, settings, penalty, wants)
 
     return _sum_loss(hidden, weight, bias, work)
 
@@ -106,8 +113,10 @@ def _cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     settings: HeadSettings,
+    penalty: tuple[float, float],
     wants: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    smoothing, z_loss = penalty
     head = make_head(weight, bias, settings)
     grads = Gradients(head, hidden, wants)
     total = hidden.new_zeros((), dtype=torch.float64)
@@ -116,11 +125,15 @@ def _cross_entropy(
         z = head.logits(part)
         kept = z.clone() if settings.softcap > 0 and any(wants) else None
         chosen = z.gather(1, wanted).double()
+        if smoothing:
+            total += smoothing * (chosen[:, 0] - z.mean(1, dtype=torch.float64)).sum()
         log_sum, weights = _soften(z)
-        total += (log_sum[:, None] - chosen).sum()
+        total += (log_sum[:, None] - chosen).sum() + z_loss * log_sum.square().sum()
         if any(wants):
-            z.mul_(weights)
-            z.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=z.dtype))
+            z.mul_(weights * (1 + 2 * z_loss * log_sum[:, None]).to(z.dtype) if z_loss else weights)
+            z.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1.0, dtype=z.dtype))
+            if smoothing:
+                z -= smoothing / len(weight)
             grads.add(rows, part, head.uncap(z, kept))
         del z  # or the next chunk's logits would lie beside these
     return total.to(grads.sum_dtype), grads.take()
