@@ -80,6 +80,8 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
     set_activations(decoder, config)
     if line := describe_weights(decoder):
         log.info("%s", line)
+    if decoder.config.swiftkv is not None:
+        log.info("layers that a prompt runs: %s", decoder.prompt_layers)
     return decoder
 
 

@@ -52,8 +52,8 @@ class EagerSink:
         self.kernels = kernels
 
     def kind(self, x: Tensor) -> int:
-        """Eager calls count the rows they are given."""
-        return 0
+        """Eager calls count the rows they are given: how many tokens the step has is unknown."""
+        return 1
 
     def empty(self, rows: int, cols: int, dtype: torch.dtype, kind: int) -> Tensor:
         """See Sink."""
@@ -61,7 +61,7 @@ class EagerSink:
 
     def counts(self, rows: int, seqs: int) -> tuple[int, int, int]:
         """See Sink."""
-        return rows, rows, seqs
+        return 0, rows, seqs
 
 
 class CpuBackend:
@@ -194,12 +194,12 @@ def register() -> CpuBackend:
     return backend
 
 
-def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) -> Any:
+def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor | None]) -> Any:
     if name == "attention":
         return _attention_kernel(backend, reference)
     call = _CALLS[name]
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Tensor | None:
         sink = backend.sink
         is_eager = sink is backend.eager
         if not _serves(name, args, check=is_eager):
@@ -258,7 +258,7 @@ def _check_tokens(tokens: Tensor, vocab: int) -> None:
         raise KernelError(f"token ids must lie in [0, {vocab})")
 
 
-def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor]) -> Any:
+def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor | None]) -> Any:
     """Varlen attention on the paged kernel, through a cache that lives for one call.
 
     So training and serving share the code that computes attention, to the bit.
@@ -273,7 +273,7 @@ def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor]) -> 
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
-    ) -> Tensor:
+    ) -> Tensor | None:
         heads = (num_heads, num_kv_heads, head_dim)
         if not _is_served(qkv.dtype, head_dim):
             return reference(qkv, query_starts, *heads, scale, window, softcap)

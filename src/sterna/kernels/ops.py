@@ -24,7 +24,7 @@ which adds about 20 us a call; a Library with explicit keys adds 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ _quant_logits: _Op = _sterna.quant_logits.default
 _rope: _Op = _sterna.rope.default
 _attention: _Op = _sterna.attention.default
 _rope_store: _Op = _sterna.rope_store.default
+_rope_queries: _Op = _sterna.rope_queries.default
+_store_kv: Callable[..., None] = _sterna.store_kv.default
 _paged_attention: _Op = _sterna.paged_attention.default
 
 
@@ -284,6 +286,57 @@ def rope_store(
     )
 
 
+def rope_queries(
+    q: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """q [R, H * C], positions [T] int32, rows [R] int32 -> same shape: `rope` of queries alone.
+
+    Row i is token rows[i], at positions[rows[i]]; None = all tokens. Inference only.
+    """
+    return _rope_queries(q, positions, rows, table, q_norm, eps, unit_offset, num_heads, head_dim)
+
+
+def store_kv(
+    kv: Tensor,
+    positions: Tensor,
+    tables: Sequence[Tensor | None],
+    k_norms: Sequence[Tensor | None],
+    eps: float,
+    unit_offset: bool,
+    num_kv_heads: int,
+    head_dim: int,
+    caches: Sequence[Tensor],
+    slots: Tensor,
+    block_size: int,
+) -> None:
+    """Keys and values of n layers into n caches at `slots` [T] int64, as `rope_store` does one.
+
+    kv [T, n * 2G * C]: of each layer its keys before rotation, then its values. tables and k_norms
+    are those of the layers. Inference only.
+    """
+    _store_kv(
+        kv,
+        positions,
+        tables,
+        k_norms,
+        eps,
+        unit_offset,
+        num_kv_heads,
+        head_dim,
+        caches,
+        slots,
+        block_size,
+    )
+
+
 def paged_attention(
     q: Tensor,
     cache: Tensor,
@@ -298,10 +351,11 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """q [T, H * C] from `rope_store` -> [T, H * C]; inference only.
+    """q [T, H * C] from `rope_store`, or [R, H * C] -> the same shape; inference only.
 
-    block_tables [S, B] int32, query_starts [S + 1] int32, context_lens [S] int32. The queries of
-    a sequence are the last of its context_len tokens. window and softcap as in `attention`.
+    block_tables [S, B] int32, query_starts [S + 1] int32 in rows of q, context_lens [S] int32. The
+    queries of a sequence are the last of its context_len tokens, or none. window and softcap as in
+    `attention`.
     """
     return _paged_attention(
         q,

@@ -36,12 +36,15 @@ _QUANT = "Tensor tiles, Tensor scales, Tensor table, Tensor? row_formats, int bi
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One row of the op table. `schema` is the argument list in PyTorch's schema language."""
+    """One row of the op table. `schema` is the argument list in PyTorch's schema language, and
+    `returns` what stands behind its arrow.
+    """
 
     name: str
     schema: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Tensor | None]
     inference_only: bool = False
+    returns: str = "Tensor"
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: _TOLERANCE)
 
 
@@ -115,6 +118,22 @@ OPS: tuple[OpSpec, ...] = (
         inference_only=True,
     ),
     OpSpec(
+        "rope_queries",
+        "Tensor q, Tensor positions, Tensor? rows, Tensor? table, Tensor? q_norm, float eps, "
+        "bool unit_offset, int num_heads, int head_dim",
+        reference.rope_queries,
+        inference_only=True,
+    ),
+    OpSpec(
+        "store_kv",
+        "Tensor kv, Tensor positions, Tensor?[] tables, Tensor?[] k_norms, float eps, "
+        "bool unit_offset, int num_kv_heads, int head_dim, Tensor(a!)[] caches, Tensor slots, "
+        "int block_size",
+        reference.store_kv,
+        inference_only=True,
+        returns="()",
+    ),
+    OpSpec(
         "paged_attention",
         "Tensor q, Tensor cache, Tensor block_tables, Tensor query_starts, Tensor context_lens, "
         f"{_HEADS}, int block_size, float scale, int window=0, float softcap=0.0",
@@ -131,7 +150,7 @@ def library() -> Any:
     lib = make("sterna", "DEF")
     for op in OPS:
         backward = autograd.autograd_kernel(op.name, op.reference, op.inference_only)
-        lib.define(f"{op.name}({op.schema}) -> Tensor")
+        lib.define(f"{op.name}({op.schema}) -> {op.returns}")
         lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
         lib.impl(op.name, backward, "Autograd")
     return lib

@@ -145,13 +145,56 @@ def rope_store(
         qkv, positions, table, q_norm, k_norm, eps, unit_offset, num_heads, num_kv_heads, head_dim
     )
     q, k, v = _split_heads(rotated, num_heads, num_kv_heads, head_dim)
-    view = _cache_rows(cache, num_kv_heads, block_size)
+    _write(k, v, cache, slots, block_size)
+    return q.reshape(qkv.shape[0], num_heads * head_dim).contiguous()
+
+
+def rope_queries(
+    q: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """`rope` of query heads alone, whose row i is token rows[i] (None: token i)."""
+    at = positions if rows is None else positions.index_select(0, rows)
+    return rope(q, at, table, q_norm, None, eps, unit_offset, num_heads, 0, head_dim)
+
+
+def store_kv(
+    kv: Tensor,
+    positions: Tensor,
+    tables: list[Tensor | None],
+    k_norms: list[Tensor | None],
+    eps: float,
+    unit_offset: bool,
+    num_kv_heads: int,
+    head_dim: int,
+    caches: list[Tensor],
+    slots: Tensor,
+    block_size: int,
+) -> None:
+    """The keys (rotated) and values of several layers, each into its cache."""
+    parts = kv.chunk(len(caches), dim=1)
+    for part, table, k_norm, cache in zip(parts, tables, k_norms, caches, strict=True):
+        heads = (0, num_kv_heads, head_dim)
+        rotated = rope(part.contiguous(), positions, table, None, k_norm, eps, unit_offset, *heads)
+        _, k, v = _split_heads(rotated, *heads)
+        _write(k, v, cache, slots, block_size)
+
+
+def _write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, block_size: int) -> None:
+    """k, v [T, G, C] into a cache, as codes when it is quantised."""
+    view = _cache_rows(cache, k.shape[1], block_size)
     if cache.dtype in kv_codes.LARGEST:
         k, v = kv_codes.quantise(k, cache.dtype), kv_codes.quantise(v, cache.dtype)
     blocks, offsets = slots // block_size, slots % block_size
     view[blocks, 0, :, offsets] = k
     view[blocks, 1, :, offsets] = v
-    return q.reshape(qkv.shape[0], num_heads * head_dim).contiguous()
 
 
 def paged_attention(

@@ -46,6 +46,7 @@ class Decoder(nn.Module):
 
     embed_positions: PositionEmbedding | None
     lm_head: LMHead | None
+    skips_prompt_rows = False  # whether served prompt tokens stop before the last layer
 
     def __init__(
         self,
@@ -112,6 +113,12 @@ class Decoder(nn.Module):
             if isinstance(module, Attention):
                 module.plan = plan
 
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a served prompt token runs."""
+        swift, count = self.config.swiftkv, self.config.num_hidden_layers
+        return f"all {count}" if swift is None else swift.line(count)
+
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""
         return self.logits(self.hidden(batch))
@@ -123,10 +130,15 @@ class Decoder(nn.Module):
 
         `dtype`: int8 or float8_e4m3fn for a quantised cache; None = the model's.
         """
+        return tuple(self.new_kv_layer(num_blocks, block_size, dtype) for _ in self.layers)
+
+    def new_kv_layer(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """One of `new_kv_layers`."""
         config = self.config
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        kind, device = dtype or self.dtype, self.device
-        return tuple(ops.new_kv_cache(*shape, kind, device) for _ in self.layers)
+        return ops.new_kv_cache(*shape, dtype or self.dtype, self.device)
 
     def rope_row_offset(self, total_len: int) -> int:
         """What to add to the positions of a sequence that may grow to `total_len` tokens.

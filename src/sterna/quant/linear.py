@@ -18,6 +18,7 @@ from sterna.kernels.quant_weight import FlatWeight, QuantWeight, int8_unit
 from sterna.model.decoder import Decoder
 from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear
+from sterna.model.swiftkv import new_decoder
 
 
 class QuantModule(nn.Module):
@@ -167,7 +168,7 @@ def dequantize_decoder(decoder: Decoder, names: Collection[str] | None = None) -
 
     `names`: the modules this is about; None = all.
     """
-    empty = Decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
+    empty = new_decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
     for name, module in list(quant_modules(decoder)):
         if names is not None and name not in names:
             continue

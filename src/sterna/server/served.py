@@ -29,6 +29,7 @@ class ServedModel:
     block_size: int  # tokens
     policy: str
     speculation: str  # the drafters in use, or off
+    prompt_layers: str
     kernels: str
     machine: str
 
@@ -58,6 +59,7 @@ def describe(engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         block_size=core.config.block_size,
         policy=core.config.policy,
         speculation=", ".join(core.drafter_names) or "off",
+        prompt_layers=core.prompt_layers,
         # A CUDA device runs the reference ops, whatever was built for the CPU.
         kernels="reference" if core.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),

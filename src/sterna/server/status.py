@@ -67,6 +67,7 @@ def show_state(service: Service) -> Response:
         "max_model_len": model.max_model_len,
         "policy": model.policy,
         "speculation": model.speculation,
+        "prompt_layers": model.prompt_layers,
         "running": load.num_running,
         "waiting": load.num_waiting,
         "kv_usage": load.kv_usage,

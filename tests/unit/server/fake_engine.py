@@ -79,6 +79,7 @@ class FakeAsyncEngine:
             limits=self.limits,
             scheduler=SimpleNamespace(token_budget=64),
             pool=SimpleNamespace(num_usable=511),
+            prompt_layers="all 1",
         )
 
     async def start(self):

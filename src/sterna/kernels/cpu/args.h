@@ -4,6 +4,7 @@
 // Pointers are to contiguous row-major memory; dtype 0 = float32, 1 = bfloat16.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace sterna {
 
@@ -68,27 +69,41 @@ struct SelectArgs {
 };
 
 struct RopeArgs {
-  const void* qkv;  // [T, (H + 2G) * C]
-  const int32_t* positions;
+  const void* qkv;           // [rows, row_stride], (H + 2G) * C of them used
+  const int32_t* positions;  // [T]
+  const int32_t* row_ids;    // [rows] the token of each row; null = every row is a token
   const float* table;  // [P, rotary_dim]: cos half, sin half; null = no rotation
   const void* q_norm;  // [C] or null
   const void* k_norm;
-  void* out;             // rope: [T, (H + 2G) * C]; rope_store: [T, H * C]
+  void* out;             // rope: [rows, (H + 2G) * C]; rope_store: [rows, H * C]
   void* cache;           // null = plain rope
   const int64_t* slots;  // [T]
-  int32_t dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
+  int32_t rows_kind, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
   int32_t cache_format;  // CacheFormat
+  int64_t row_stride;
   float eps;
 };
 
+// Keys and values of several layers: rows [n][2G * C], those of a layer side by side.
+struct StoreLayer {
+  const float* table;
+  const void* k_norm;
+  void* cache;
+  int32_t rotary_dim;
+};
+struct StoreArgs {
+  RopeArgs rows;  // no query heads; what differs by layer comes from `layers`
+  std::vector<StoreLayer> layers;
+};
+
 struct AttentionArgs {
-  const void* q;  // [T, q_stride]; the query heads come first in a row
+  const void* q;  // [rows, q_stride]; the query heads come first in a row
   void* cache;    // paged keys and values
   const int32_t* block_tables;
-  const int32_t* query_starts;
+  const int32_t* query_starts;  // [S + 1] in rows; a sequence may have none
   const int32_t* context_lens;
-  void* out;  // [T, H * C]
-  int32_t dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
+  void* out;  // [rows, H * C]
+  int32_t rows_kind, dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
   int32_t cache_format;  // CacheFormat
   float scale, softcap;
 };
@@ -207,6 +222,7 @@ struct KernelTable {
   Kernel<ActivateArgs> activate;
   Kernel<SelectArgs> select;
   Kernel<RopeArgs> rope;
+  Kernel<StoreArgs> store;
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<DrawArgs> draw;

@@ -11,6 +11,7 @@ Kernel<LinearArgs> linear_kernel();
 Kernel<ActivateArgs> activate_kernel();
 Kernel<SelectArgs> select_kernel();
 Kernel<RopeArgs> rope_kernel();
+Kernel<StoreArgs> store_kernel();
 Kernel<AttentionArgs> attention_kernel();
 Kernel<AttentionGradArgs> attention_grad_kernel();
 Kernel<DrawArgs> draw_kernel();

@@ -147,27 +147,45 @@ void bind_quant_ops(nb::class_<Kernels>& k) {
 
 void bind_attention_ops(nb::class_<Kernels>& k) {
   k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
-                   Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache, Addr slots,
-                   int dtype, int heads, int kv_heads, int head_dim, int rotary_dim,
-                   int unit_offset, int block_size, int format, float eps) {
-    self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<float>(table),
-                               ptr<void>(q_norm), ptr<void>(k_norm), ptr<void>(out),
-                               ptr<void>(cache), ptr<int64_t>(slots), dtype, heads, kv_heads,
-                               head_dim, rotary_dim, unit_offset, block_size, format, eps}, t, r, s);
-  }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "table"_a, "q_norm"_a, "k_norm"_a, "out"_a,
-     "cache"_a, "slots"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-     "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "cache_format"_a,
-     "eps"_a);
+                   Addr row_ids, Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache,
+                   Addr slots, int kind, int dtype, int heads, int kv_heads, int head_dim,
+                   int rotary_dim, int unit_offset, int block_size, int format, float eps) {
+    int64_t stride = int64_t(heads + 2 * kv_heads) * head_dim;
+    self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<int32_t>(row_ids),
+                               ptr<float>(table), ptr<void>(q_norm), ptr<void>(k_norm),
+                               ptr<void>(out), ptr<void>(cache), ptr<int64_t>(slots), kind, dtype,
+                               heads, kv_heads, head_dim, rotary_dim, unit_offset, block_size,
+                               format, stride, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "row_ids"_a, "table"_a, "q_norm"_a, "k_norm"_a,
+     "out"_a, "cache"_a, "slots"_a, "rows_kind"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a,
+     "head_dim"_a, "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "cache_format"_a, "eps"_a);
+  k.def("store", [](Kernels& self, Tape* tape, int t, int r, int s, Addr kv, Addr positions,
+                    Addr slots, const std::vector<Addr>& tables, const std::vector<int>& rotary,
+                    const std::vector<Addr>& k_norms, const std::vector<Addr>& caches, int kind,
+                    int dtype, int kv_heads, int head_dim, int unit_offset, int block_size,
+                    int format, float eps) {
+    int64_t stride = int64_t(caches.size()) * 2 * kv_heads * head_dim;
+    StoreArgs args{RopeArgs{ptr<void>(kv), ptr<int32_t>(positions), nullptr, nullptr, nullptr,
+                            nullptr, nullptr, nullptr, ptr<int64_t>(slots), kind, dtype, 0,
+                            kv_heads, head_dim, 0, unit_offset, block_size, format, stride, eps},
+                   {}};
+    for (size_t i = 0; i < caches.size(); ++i)
+      args.layers.push_back({ptr<float>(tables.at(i)), ptr<void>(k_norms.at(i)),
+                             ptr<void>(caches[i]), rotary.at(i)});
+    self.submit(tape, args, t, r, s);
+  }, "tape"_a.none(), ROWS, "kv"_a, "positions"_a, "slots"_a, "tables"_a, "rotary_dims"_a,
+     "k_norms"_a, "caches"_a, "rows_kind"_a, "dtype"_a, "num_kv_heads"_a, "head_dim"_a,
+     "unit_offset"_a, "block_size"_a, "cache_format"_a, "eps"_a);
   k.def("attention", [](Kernels& self, Tape* tape, int t, int r, int s, Addr q, Addr cache,
-                        Addr tables, Addr starts, Addr lens, Addr out, int dtype, int heads,
+                        Addr tables, Addr starts, Addr lens, Addr out, int kind, int dtype, int heads,
                         int kv_heads, int head_dim, int block_size, int width, int q_stride,
                         int window, int format, float scale, float softcap) {
     self.submit(tape, AttentionArgs{ptr<void>(q), ptr<void>(cache), ptr<int32_t>(tables),
                                     ptr<int32_t>(starts), ptr<int32_t>(lens), ptr<void>(out),
-                                    dtype, heads, kv_heads, head_dim, block_size, width,
+                                    kind, dtype, heads, kv_heads, head_dim, block_size, width,
                                     q_stride, window, format, scale, softcap}, t, r, s);
   }, "tape"_a.none(), ROWS, "q"_a, "cache"_a, "block_tables"_a, "query_starts"_a,
-     "context_lens"_a, "out"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+     "context_lens"_a, "out"_a, "rows_kind"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
      "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "cache_format"_a,
      "scale"_a, "softcap"_a);
   k.def("attention_grad", [](Kernels& self, Addr qkv, Addr grad, Addr starts, Addr d_qkv,
