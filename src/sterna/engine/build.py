@@ -18,6 +18,7 @@ from sterna.engine.structured import GrammarCompiler
 from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
+from sterna.model.encoder import Encoder
 from sterna.model.hub import DEFAULT_NAMES, resolve_model
 from sterna.model.load import DTypeName
 from sterna.quant.cache import DEFAULT_MODEL_WEIGHTS, cached_folder
@@ -77,7 +78,7 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
     return decoder
 
 
-def set_activations(decoder: Decoder, config: EngineConfig) -> None:
+def set_activations(decoder: Decoder | Encoder, config: EngineConfig) -> None:
     """Switch the decoder to int8 activations if asked for.
 
     ConfigError when the weights do not allow it, and for bf16 in a model that computes otherwise.

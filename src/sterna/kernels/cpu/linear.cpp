@@ -73,7 +73,7 @@ void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP], const c
       if (NP == 2 && job.a.gate) {
         repeat<NV>([&](auto j) INLINE {
           finish<T>(job.a, row + i, col0 + g + j * VW,
-                    gated(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
+                    gated<T>(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
         });
       } else {
         repeat<N>([&](auto j) INLINE {

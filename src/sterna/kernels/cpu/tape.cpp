@@ -18,9 +18,13 @@ const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
+const auto& kernel(const KernelTable& t, const EmbedNormArgs&) { return t.embed_norm; }
+const auto& kernel(const KernelTable& t, const BidirectionalArgs&) { return t.bidirectional; }
+const auto& kernel(const KernelTable& t, const PoolArgs&) { return t.pool; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention", "attention_grad", "draw", "quant_linear", "quant_embed", "quant_rows"};
+                                 "attention", "attention_grad", "draw", "quant_linear", "quant_embed", "quant_rows",
+                                 "embed_norm", "bidirectional", "pool"};
 
 }  // namespace
 
