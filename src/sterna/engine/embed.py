@@ -35,7 +35,7 @@ MAX_SEQS = 1024
 
 @dataclass(frozen=True, slots=True)
 class EmbedModel:
-    """A model and what follows its hidden states. `head`: a cross encoder's; then `width` labels."""
+    """A model and what follows its hidden states. `head`: a cross encoder's."""
 
     body: Encoder | Decoder
     pooling: PoolingConfig
@@ -50,10 +50,9 @@ class EmbedModel:
     @property
     def rows_a_type(self) -> int:
         """See `pack_arrays`; 0 for a model without token types."""
-        config = self.body.config
-        if isinstance(self.body, Decoder) or not config.family.has_learned_positions:
+        if isinstance(self.body, Decoder) or not self.body.config.family.has_learned_positions:
             return 0
-        return config.num_positions
+        return self.body.config.num_positions
 
     def forward(self, batch: Batch, unit_starts: Tensor) -> Tensor:
         """float32 [S, width]. unit_starts [S + 1] counts from 0: each row a sequence of its own."""
@@ -111,7 +110,7 @@ class Embedder:
     def embed(
         self, texts: Sequence[EncodedText], note: Callable[[int], None] | None = None
     ) -> Floats:
-        """float32 [N, width], in the order of the texts. note: called with the texts of each step."""
+        """float32 [N, width], in the order of the texts. note: gets the size of each step."""
         out = np.empty((len(texts), self.width), np.float32)
         lengths = [len(text) for text in texts]
         for step in plan_steps(lengths, self.token_budget, self.max_seqs):
@@ -130,7 +129,7 @@ class Embedder:
             found = self._forward(tokens, seqs)
         values: Floats = found.cpu().numpy().copy()
         if self.model.has_sigmoid:
-            values = 1 / (1 + np.exp(-values))
+            values = (1 / (1 + np.exp(-values))).astype(np.float32)
         if not np.isfinite(values).all():
             raise StepError("the model's output is not finite (NaN or infinity) for this input")
         return values
@@ -145,7 +144,9 @@ class Embedder:
         inputs.lengths[:seqs] = inputs.starts[1 : seqs + 1] - inputs.starts[:seqs]
         if self._has_rows:
             is_last = model.pooling.kind == "last"
-            inputs.rows[:seqs] = inputs.starts[1 : seqs + 1] - 1 if is_last else inputs.starts[:seqs]
+            inputs.rows[:seqs] = (
+                inputs.starts[1 : seqs + 1] - 1 if is_last else inputs.starts[:seqs]
+            )
         return tokens
 
     def _moved(

@@ -267,9 +267,11 @@ def _check_tokens(tokens: Tensor, vocab: int) -> None:
 
 def _check_positions(positions: Tensor, table: Tensor | None) -> None:
     limit = 0 if table is None else table.shape[0]
-    if limit > 1 and positions.numel() and not 0 <= int(positions.min()) <= int(
-        positions.max()
-    ) < limit:
+    if (
+        limit > 1
+        and positions.numel()
+        and not 0 <= int(positions.min()) <= int(positions.max()) < limit
+    ):
         raise KernelError(f"positions must lie in [0, {limit})")
 
 

@@ -54,9 +54,7 @@ def bidirectional_attention(
     return out
 
 
-def pool(
-    sink: Sink, x: Tensor, query_starts: Tensor, kind: str, normalize: bool = False
-) -> Tensor:
+def pool(sink: Sink, x: Tensor, query_starts: Tensor, kind: str, normalize: bool = False) -> Tensor:
     seqs = len(query_starts) - 1
     out = sink.empty(seqs, x.shape[1], torch.float32, 1)
     sink.kernels.pool(

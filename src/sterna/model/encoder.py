@@ -86,14 +86,14 @@ class EncoderLayer(nn.Module):
         is_bare = config.family.is_pre_norm and layer_idx == 0  # its input is normed already
         self.attn_norm = None if is_bare else Norm(config, dtype, device)
         is_gated = config.family.is_gated
-        self.gate_up = GatedLinear(hidden, inner, self.activation, dtype, device) if is_gated else None
+        self.gate_up = (
+            GatedLinear(hidden, inner, self.activation, dtype, device) if is_gated else None
+        )
         self.up = None if is_gated else Linear(hidden, inner, True, dtype, device)
         self.down = Linear(inner, hidden, config.has_mlp_bias, dtype, device)
         self.mlp_norm = Norm(config, dtype, device)
 
-    def forward(
-        self, h: Tensor, batch: Batch, table: Tensor | None, rows: Tensor | None
-    ) -> Tensor:
+    def forward(self, h: Tensor, batch: Batch, table: Tensor | None, rows: Tensor | None) -> Tensor:
         """h [T, D] -> [T, D], or [R, D] when `rows` names those wanted (the last layer)."""
         x = self.attn_norm(h) if self.is_pre_norm and self.attn_norm is not None else h
         o = self.attend(x, batch, table)

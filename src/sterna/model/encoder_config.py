@@ -58,8 +58,7 @@ class EncoderConfig:
 
 def is_encoder(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an encoder of the table."""
-    names = hf.get("architectures") or ()
-    return bool(names) and str(names[0]) in encoder_architectures()
+    return _architecture(hf) in encoder_architectures()
 
 
 def parse_encoder_config(hf: Mapping[str, Any], source: str) -> EncoderConfig:
@@ -68,12 +67,16 @@ def parse_encoder_config(hf: Mapping[str, Any], source: str) -> EncoderConfig:
     Raises UnsupportedModelError for an unknown architecture or option, ModelFileError for a
     missing or impossible value.
     """
-    name = str((hf.get("architectures") or ("",))[0])
+    name = _architecture(hf)
     family = encoder_family(name, source)
     renamed = {new: hf[old] for old, new in _RENAMED.items() if hf.get(old) is not None}
     values = {**family.defaults, **{k: v for k, v in hf.items() if v is not None}, **renamed}
     _refuse_unsupported(values, family, source)
     return _build(values, family, source, hf, name == family.classifier)
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    return str(next(iter(hf.get("architectures") or ()), ""))
 
 
 def _build(
@@ -194,7 +197,9 @@ def _ropes(
     local = nested.get("sliding_attention") or {
         "rope_theta": values.get("local_rope_theta", 10_000.0)
     }
-    both = (parse_rope({**length, "rope_parameters": part}, head_dim, source) for part in (full, local))
+    both = (
+        parse_rope({**length, "rope_parameters": part}, head_dim, source) for part in (full, local)
+    )
     return tuple(both)
 
 

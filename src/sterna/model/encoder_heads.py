@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sterna.kernels import ops
 from sterna.model.config import ACTIVATIONS
 from sterna.model.encoder import Norm
 from sterna.model.encoder_config import EncoderConfig

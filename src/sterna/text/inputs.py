@@ -96,11 +96,11 @@ class InputEncoder:
                 f"{self.max_tokens:,}",
                 param="truncate_prompt_tokens",
             )
+        special = self._cutting_copy.num_special_tokens_to_add(isinstance(inputs[0], tuple))
+        if limit <= special:
+            raise _too_few(limit, special)
         with self._lock:
-            try:
-                self._cutting_copy.enable_truncation(limit)
-            except BaseException as error:  # `tokenizers` raises bare Exception, or panics
-                raise _too_few(limit) from error
+            self._cutting_copy.enable_truncation(limit)
             return _encoded(self._cutting_copy, inputs)
 
     def _check(self, texts: Sequence[EncodedText]) -> None:
@@ -124,8 +124,8 @@ def _encoded(backend: Any, inputs: Sequence[Any]) -> list[Any]:
         ) from error
 
 
-def _too_few(limit: int) -> RequestError:
+def _too_few(limit: int, special: int) -> RequestError:
     return RequestError(
-        f"truncate_prompt_tokens is {limit}: less than the model's own special tokens",
+        f"truncate_prompt_tokens is {limit}; the model's own special tokens alone are {special}",
         param="truncate_prompt_tokens",
     )

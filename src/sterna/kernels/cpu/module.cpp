@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <charconv>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -183,6 +184,25 @@ void bind_attention_ops(nb::class_<Kernels>& k) {
      "softcap"_a);
 }
 
+// Rows of floats as JSON lists, one a line: the shortest digits that read back as the same float.
+nb::bytes json_rows(Addr values, int64_t rows, int64_t cols) {
+  std::string text;
+  {
+    nb::gil_scoped_release release;
+    const float* x = ptr<float>(values);
+    text.reserve(size_t(rows) * size_t(cols) * 14);
+    char digits[32];
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c, ++x) {
+        text += c ? ',' : '[';
+        text.append(digits, std::to_chars(digits, digits + sizeof(digits), *x).ptr);
+      }
+      text += "]\n";
+    }
+  }
+  return nb::bytes(text.data(), text.size());
+}
+
 void bind_encoder_ops(nb::class_<Kernels>& k) {
   k.def("embed_norm", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr table,
                          Addr positions, Addr position_table, Addr weight, Addr bias, Addr out,
@@ -228,6 +248,7 @@ NB_MODULE(_cpu, m) {
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  m.def("json_rows", &json_rows, "values"_a, "rows"_a, "cols"_a);
   m.def("attention_grad_width", &attention_grad_width, "head_dim"_a);
   m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
   m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
