@@ -10,27 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-_WORDS = tuple(
-    [
-        "the",
-        "tern",
-        "flies",
-        "from",
-        "pole",
-        "to",
-        "and",
-        "back",
-        "gull",
-        "sea",
-        "law",
-        "tax",
-        "of",
-        "in",
-        "ice",
-        "wind",
-        "north",
-        "south",
-    ]
+_WORDS = (
+    *("the", "tern", "flies", "from", "pole", "to", "and", "back", "gull", "sea", "law"),
+    *("tax", "of", "in", "ice", "wind", "north", "south"),
 )
 
 

@@ -36,6 +36,7 @@ struct Unit {
   T *keys, *values, *p;  // [KEYS / 16][C / P][16][P], [KEYS / P][Cp][P], [MR][KEYS]
   float *s, *o, *m, *l;  // [MR][KEYS], [QUERIES][Cp], [QUERIES]
   int cp() const { return up(a.head_dim, BLOCK); }
+  bool is_single() const { return length <= KEYS; }  // all keys at once: no state between tiles
 };
 
 template <class T>
@@ -161,7 +162,7 @@ void scores(const Unit<T>& u, int row, int from, int to) {
 }
 
 // Scores -> probabilities of row `row`, and its running maximum, sum and output.
-template <class T>
+template <class T, bool SINGLE>
 void soften(const Unit<T>& u, int i, int row, int first, int from, int to, int count) {
   float* s = u.s + i * KEYS;
   T* p = u.p + i * KEYS;
@@ -182,16 +183,22 @@ void soften(const Unit<T>& u, int i, int row, int first, int from, int to, int c
   for (int j = from + VW; j < to; j += VW) best = vmax(best, load(s + j));
   float factor = u.a.scale * LOG2E, old = u.m[row - u.first_query];
   float m = max_of(best) * factor;
-  m = m > old ? m : old;
-  if (m == -INFINITY) {
-    std::memset(p + from, 0, (to - from) * sizeof(T));
-    return;
+  if constexpr (!SINGLE) {
+    m = m > old ? m : old;
+    if (m == -INFINITY) {
+      std::memset(p + from, 0, (to - from) * sizeof(T));
+      return;
+    }
   }
   vf total = {};
   for (int j = from; j < to; j += VW) {
     vf e = vexp2<Elem<T>::P == 2>(load(s + j) * splat(factor) - splat(m));
     total += e;
     store(p + j, e);
+  }
+  if constexpr (SINGLE) {
+    u.l[row - u.first_query] = sum(total);
+    return;
   }
   float alpha = m == old ? 1.f : sexp2(old - m);
   float& l = u.l[row - u.first_query];
@@ -202,22 +209,39 @@ void soften(const Unit<T>& u, int i, int row, int first, int from, int to, int c
   for (int c = 0; c < u.cp(); c += VW) store(o + c, load(o + c) * splat(alpha));
 }
 
-template <class T, int M>
+template <class T>
+inline void store_up_to(T* out, vf v, int cols) {
+  if (cols >= VW) return store(out, v);
+  float lanes[VW];
+  store(lanes, v);
+  for (int i = 0; i < cols; ++i) store_one(out + i, lanes[i]);
+}
+
+template <class T, int M, bool SINGLE>
 void weigh(const Unit<T>& u, int row, int from, int count) {
   constexpr int P = Elem<T>::P;
   int cp = u.cp(), steps = (count - from + P - 1) / P;
   auto columns = [&](int c, auto n) INLINE {
     constexpr int N = n;
-    vf acc[M][N];
+    vf acc[M][N] = {};
     const T* v[N];
     float* o = u.o + int64_t(row - u.first_query) * cp + c;
-    repeat<M>([&](auto i) INLINE {
-      repeat<N>([&](auto j) INLINE { acc[i][j] = load(o + int64_t(i) * cp + j * VW); });
-    });
+    if constexpr (!SINGLE)
+      repeat<M>([&](auto i) INLINE {
+        repeat<N>([&](auto j) INLINE { acc[i][j] = load(o + int64_t(i) * cp + j * VW); });
+      });
     repeat<N>([&](auto j) INLINE { v[j] = u.values + int64_t(from) * cp + (c + j * VW) * P; });
     multiply<M, N>(acc, u.p + from, KEYS, v, int64_t(cp) * P, steps);
     repeat<M>([&](auto i) INLINE {
-      repeat<N>([&](auto j) INLINE { store(o + int64_t(i) * cp + j * VW, acc[i][j]); });
+      if constexpr (SINGLE) {
+        vf inverse = splat(1.f / u.l[row + i - u.first_query]);
+        T* out = u.out + (row + i) * u.out_stride + c;
+        repeat<N>([&](auto j) INLINE {
+          store_up_to(out + j * VW, acc[i][j] * inverse, u.a.head_dim - c - j * VW);
+        });
+      } else {
+        repeat<N>([&](auto j) INLINE { store(o + int64_t(i) * cp + j * VW, acc[i][j]); });
+      }
     });
   };
   int c = 0;
@@ -225,7 +249,7 @@ void weigh(const Unit<T>& u, int row, int from, int count) {
   for (; c < cp; c += VW) columns(c, std::integral_constant<int, 1>{});
 }
 
-template <class T, int M>
+template <class T, bool SINGLE, int M>
 void rows_of(const Unit<T>& u, int height, int row, int first, int count) {
   if (height == M) {
     int from = 0, to = up(count, BLOCK);
@@ -235,10 +259,21 @@ void rows_of(const Unit<T>& u, int height, int row, int first, int count) {
       if (from >= to) return;
     }
     scores<T, M>(u, row, from, to);
-    for (int i = 0; i < M; ++i) soften(u, i, row + i, first, from, to, count);
-    return weigh<T, M>(u, row, from, least(to, count));
+    for (int i = 0; i < M; ++i) soften<T, SINGLE>(u, i, row + i, first, from, to, count);
+    return weigh<T, M, SINGLE>(u, row, from, least(to, count));
   }
-  if constexpr (M > 1) rows_of<T, M - 1>(u, height, row, first, count);
+  if constexpr (M > 1) rows_of<T, SINGLE, M - 1>(u, height, row, first, count);
+}
+
+// Rows in groups of nearly equal height, at most MR each.
+template <class T, bool SINGLE>
+void all_rows(const Unit<T>& u, int first, int count) {
+  int row = u.first_query;
+  for (int left = (u.end_query - row + MR - 1) / MR; left > 0; --left) {
+    int height = (u.end_query - row + left - 1) / left;
+    rows_of<T, SINGLE, MR>(u, height, row, first, count);
+    row += height;
+  }
 }
 
 template <class T>
@@ -257,6 +292,11 @@ void write_out(const Unit<T>& u) {
 template <class T>
 void run_unit(const BidirectionalArgs& a, int seq, int head, int first_query, char* scratch) {
   Unit<T> u = unit_of<T>(a, seq, head, first_query, scratch);
+  if (u.is_single()) {
+    lay_keys(u, 0, u.length);
+    lay_values(u, 0, u.length);
+    return all_rows<T, true>(u, 0, u.length);
+  }
   int rows = u.end_query - first_query;
   std::memset(u.o, 0, sizeof(float) * rows * u.cp());
   for (int i = 0; i < rows; ++i) u.m[i] = -INFINITY, u.l[i] = 0.f;
@@ -266,8 +306,7 @@ void run_unit(const BidirectionalArgs& a, int seq, int head, int first_query, ch
       continue;
     lay_keys(u, first, count);
     lay_values(u, first, count);
-    for (int row = first_query; row < u.end_query; row += MR)
-      rows_of<T, MR>(u, least(MR, u.end_query - row), row, first, count);
+    all_rows<T, false>(u, first, count);
   }
   write_out(u);
 }
