@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from sterna.cli.flags import AsJson
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
-
-Positive = Annotated[float, Parameter(show_default=False)]
 
 
 def plan(
@@ -70,10 +65,10 @@ def plan(
         Print one JSON object.
     """
     from sterna.train import plan as planner
-    from sterna.train.memory import Job, Shape
+    from sterna.train.memory import Job
 
     setup_logging("WARNING")
-    shape = Shape.of(_config(model))
+    shape = _shape(model, dtype)
     machines = _machines(gpus, nodes, hbm, host_ram, disk, tflops)
     job = Job(
         seq_len, 2 if dtype == "bfloat16" else 4, states, master, micro_batches > 1,
@@ -90,18 +85,24 @@ def plan(
     return 1 if reasons else 0
 
 
-def _config(model: str) -> Any:
-    from sterna.model.config import parse_config
+def _shape(model: str, dtype: str) -> Any:
+    """The sizes of a native model, else of one behind transformers."""
+    from sterna.core.errors import UnsupportedModelError
     from sterna.model.hub import resolve_model
     from sterna.model.load import open_checkpoint
+    from sterna.train.foreign_shape import shape_of_folder
+    from sterna.train.memory import Shape
+    from sterna.train.pretrain import read_config
 
     path = Path(model)
-    if model.endswith(".json") and path.is_file():
-        try:
-            return parse_config(json.loads(path.read_text()), model)
-        except ValueError as error:
-            raise ConfigError(f"{model}: not valid JSON ({error})") from error
-    return open_checkpoint(resolve_model(model))[0]
+    is_config = model.endswith(".json") and path.is_file()
+    path = path if is_config else resolve_model(model)
+    try:
+        return Shape.of(read_config(path) if is_config else open_checkpoint(path)[0])
+    except UnsupportedModelError:
+        if path.suffix == ".gguf":
+            raise
+        return shape_of_folder(path, dtype)
 
 
 def _machines(
@@ -138,7 +139,6 @@ def _as_dict(chosen: Any, reasons: tuple[str, ...], longest: int) -> dict[str, A
         "disk_bytes": chosen.estimate.disk,
         "step_seconds": list(chosen.seconds),
         "longest_row": longest,
-        "basis": asdict(chosen.layout),
     }
 
 

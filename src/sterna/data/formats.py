@@ -43,6 +43,7 @@ _SIGNS: tuple[tuple[str, frozenset[str]], ...] = (
     ("alpaca", frozenset({"instruction", "output"})),
     ("text", frozenset({"text"})),
 )
+_CONTENTS = {"tool_calls", "reasoning_content"}  # what a message without content may consist of
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant",
     "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool",
@@ -138,6 +139,9 @@ def _chat(picked: Row, source: SourceConfig, as_chat: bool) -> Conversation:
 def _answered(conversation: Conversation) -> Conversation:
     if not any(message.get("role") == "assistant" for message in conversation.messages):
         raise RowError("no message has the role assistant, so there is nothing to train")
+    for i, message in enumerate(conversation.messages):
+        if message.get("content") is None and not message.keys() & _CONTENTS:
+            raise RowError(f"messages[{i}] has no content and no tool_calls")
     return conversation
 
 

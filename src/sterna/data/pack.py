@@ -27,12 +27,13 @@ class Document:
     """One tokenised document of n tokens, already shifted.
 
     `tokens` int32 [n]; `targets` int32 [n]: the document's next token where it is trained, else
-    IGNORE; `source` is the index of its source in the settings.
+    IGNORE; `source` is the index of its source in the settings; `place` its file and line or row.
     """
 
     tokens: Ints
     targets: Ints
     source: int
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class PackedRow:
 
     `tokens` int32 [T]; `targets` int32 [T], already shifted, never across documents, IGNORE where
     not trained; `positions` int32 [T], from 0 in every document; `starts` int32 [D + 1], the
-    borders (starts[0] = 0, starts[-1] = T); `sources`, of each document (NO_SOURCE = filler).
+    borders (starts[0] = 0, starts[-1] = T); `sources`, of each document (NO_SOURCE = filler);
+    `places`, of each document, as `chats.jsonl:17`, for messages.
     """
 
     tokens: Ints
@@ -49,6 +51,7 @@ class PackedRow:
     positions: Ints
     starts: Ints
     sources: tuple[int, ...]
+    places: tuple[str, ...] = ()
 
     @property
     def num_targets(self) -> int:
@@ -67,6 +70,7 @@ def join(documents: Sequence[Document]) -> PackedRow:
         positions=np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], lengths),
         starts=starts,
         sources=tuple(document.source for document in documents),
+        places=tuple(document.place for document in documents),
     )
 
 

@@ -190,7 +190,7 @@ class AdaptedLinear(AdaptedModule):
         for term in (self.base.bias, residual):
             if term is not None:
                 y = y + term.float()
-        return _start_at(y.to(x.dtype), lambda: self.base(x, residual), self.is_identity())
+        return start_at(y.to(x.dtype), lambda: self.base(x, residual), self.is_identity())
 
 
 class AdaptedGated(AdaptedModule):
@@ -200,7 +200,7 @@ class AdaptedGated(AdaptedModule):
         """x [T, K] -> act(gate) * up, [T, I]."""
         gate, up = self.scaled(_product(self.base, x), x).chunk(2, dim=-1)
         y = (_ACTIVATIONS[self.base.activation](gate) * up).to(x.dtype)
-        return _start_at(y, lambda: self.base(x), self.is_identity())
+        return start_at(y, lambda: self.base(x), self.is_identity())
 
 
 def _product(base: Any, x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class _StartAt(torch.autograd.Function):
         return grad, None
 
 
-def _start_at(carrier: Tensor, value: Callable[[], Tensor], is_identity: bool) -> Tensor:
+def start_at(carrier: Tensor, value: Callable[[], Tensor], is_identity: bool) -> Tensor:
     """`carrier`, or the base's own bits with carrier's gradient while the adapter is zero."""
     if not is_identity:
         return carrier

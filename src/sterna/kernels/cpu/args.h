@@ -149,6 +149,17 @@ struct DrawArgs {
   int32_t* ids;                              // [R]  the token; -1 for a row that is not finite
   int32_t vocab;  // at most MAX_DRAW_VOCAB
 };
+
+// Log-probabilities under the distribution that DrawArgs draws from.
+struct ScoreArgs {
+  const float* logits;  // [rows, vocab]
+  const int32_t *row_ids, *chosen;          // [R]
+  const float *temperature, *top_p, *min_p;  // [R]; the temperature is not 0
+  const int32_t* top_k;                      // [R]  0 = off
+  double *logprobs, *entropies, *log_sums;  // [R]; NaN for a row that is not finite
+  float* probs;  // [rows, vocab] or null; may be `logits` when no row repeats
+  int32_t vocab;  // at most MAX_DRAW_VOCAB
+};
 constexpr int32_t MAX_DRAW_VOCAB = SCRATCH_BYTES / 16;
 
 // A weight in tiles (quant/formats.py): 16 output rows x 64 k each, [R, K64, 128 * bits] bytes.
@@ -232,6 +243,7 @@ struct KernelTable {
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<DrawArgs> draw;
+  Kernel<ScoreArgs> score;
   Kernel<QuantLinearArgs> quant_linear;
   Kernel<QuantEmbedArgs> quant_embed;
   Kernel<QuantRowsArgs> quant_rows;

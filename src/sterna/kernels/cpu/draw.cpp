@@ -1,4 +1,5 @@
-// Draws a token from each row of logits: greedy, temperature, top_k, min_p, top_p.
+// Draws a token from each row of logits: greedy, temperature, top_k, min_p, top_p; and says which
+// probability the draw gives to a token.
 //
 // The order of the steps and the inverse-CDF draw in id order are those of engine/sampler.py, the
 // reference. A row is worked on by one thread alone, so its token depends on nothing else.
@@ -135,12 +136,9 @@ int invert_cdf(const Survivors& s, double uniform) {
   return s.ids[last];
 }
 
-int draw_row(const DrawArgs& a, int r, char* scratch) {
-  const float* x = a.logits + int64_t(a.row_ids[r]) * a.vocab;
-  bool has_nan;
-  float m = row_max(x, a.vocab, &has_nan);
-  if (has_nan || !std::isfinite(m)) return -1;
-  if (a.temperature[r] < GREEDY_BELOW) return int(std::find(x, x + a.vocab, m) - x);
+// What is left of row r of a distribution, in scratch memory. `m` is the row's maximum.
+template <class A>
+Survivors survivors(const A& a, int r, const float* x, float m, char* scratch) {
   float *p = reinterpret_cast<float*>(scratch), *maxima = p + a.vocab;
   int32_t* ids = reinterpret_cast<int32_t*>(maxima + a.vocab / BLOCK + 1);
   int32_t* order = ids + a.vocab;
@@ -150,7 +148,64 @@ int draw_row(const DrawArgs& a, int r, char* scratch) {
   if (a.top_k[r] > 0 && a.top_k[r] < a.vocab) keep_top_k(s, a.top_k[r], maxima, order);
   if (a.min_p[r] > 0) filter(s, [&](int i) { return s.p[i] >= a.min_p[r]; });
   if (a.top_p[r] < 1) keep_nucleus(s, a.top_p[r], order);
-  return invert_cdf(s, a.uniform[r]);
+  return s;
+}
+
+int draw_row(const DrawArgs& a, int r, char* scratch) {
+  const float* x = a.logits + int64_t(a.row_ids[r]) * a.vocab;
+  bool has_nan;
+  float m = row_max(x, a.vocab, &has_nan);
+  if (has_nan || !std::isfinite(m)) return -1;
+  if (a.temperature[r] < GREEDY_BELOW) return int(std::find(x, x + a.vocab, m) - x);
+  return invert_cdf(survivors(a, r, x, m, scratch), a.uniform[r]);
+}
+
+struct Sums {
+  double p, p_log_p;  // sum of p, and of p log p, for unnormalised p
+};
+
+// One log a survivor would be slow, and log of a rounded exp is not its argument: z = (x - m) / t.
+Sums sums(const Survivors& s, const float* x, float m, float temperature) {
+  Sums found{0, 0};
+  bool is_plain = s.ids[s.count - 1] == s.count - 1;  // nothing was dropped before the last
+  for (int b = 0; b < s.count; b += BLOCK) {
+    int end = s.count < b + BLOCK ? s.count : b + BLOCK, i = b;
+    vf p{}, pz{};
+    for (; is_plain && i + VW <= end; i += VW) {
+      vf z = (load(x + i) - splat(m)) / splat(temperature), v = load(s.p + i);
+      p += v;
+      pz += v > splat(0.f) ? v * z : splat(0.f);  // 0 * -infinity
+    }
+    float p1 = sum(p), pz1 = sum(pz);
+    for (; i < end; ++i) {
+      p1 += s.p[i];
+      if (s.p[i] > 0) pz1 += s.p[i] * ((x[s.ids[i]] - m) / temperature);
+    }
+    found.p += p1;
+    found.p_log_p += pz1;
+  }
+  return found;
+}
+
+void score_row(const ScoreArgs& a, int r, char* scratch) {
+  const float* x = a.logits + int64_t(a.row_ids[r]) * a.vocab;
+  bool has_nan;
+  float m = row_max(x, a.vocab, &has_nan);
+  if (has_nan || !std::isfinite(m)) {
+    a.logprobs[r] = a.entropies[r] = a.log_sums[r] = NAN;
+    return;
+  }
+  Survivors s = survivors(a, r, x, m, scratch);
+  Sums found = sums(s, x, m, a.temperature[r]);
+  double log_sum = a.log_sums[r] = std::log(found.p);
+  a.entropies[r] = log_sum - found.p_log_p / found.p;
+  bool is_kept = std::binary_search(s.ids, s.ids + s.count, a.chosen[r]);
+  float z = (x[a.chosen[r]] - m) / a.temperature[r];
+  a.logprobs[r] = is_kept ? double(z) - log_sum : -INFINITY;
+  if (!a.probs) return;
+  float* out = a.probs + int64_t(a.row_ids[r]) * a.vocab;
+  std::fill(out, out + a.vocab, 0.f);
+  for (int i = 0; i < s.count; ++i) out[s.ids[i]] = float(s.p[i] / found.p);
 }
 
 }  // namespace
@@ -159,6 +214,13 @@ Kernel<DrawArgs> draw_kernel() {
   return {[](const DrawArgs&, const Step& step) { return step.num_rows[1]; },
           [](const DrawArgs& a, const Step&, const Worker& w, int unit) {
             a.ids[unit] = draw_row(a, unit, w.scratch);
+          }};
+}
+
+Kernel<ScoreArgs> score_kernel() {
+  return {[](const ScoreArgs&, const Step& step) { return step.num_rows[1]; },
+          [](const ScoreArgs& a, const Step&, const Worker& w, int unit) {
+            score_row(a, unit, w.scratch);
           }};
 }
 

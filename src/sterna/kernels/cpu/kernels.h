@@ -14,6 +14,7 @@ Kernel<RopeArgs> rope_kernel();
 Kernel<AttentionArgs> attention_kernel();
 Kernel<AttentionGradArgs> attention_grad_kernel();
 Kernel<DrawArgs> draw_kernel();
+Kernel<ScoreArgs> score_kernel();
 Kernel<QuantLinearArgs> quant_linear_kernel();
 Kernel<QuantEmbedArgs> quant_embed_kernel();
 Kernel<QuantRowsArgs> quant_rows_kernel();

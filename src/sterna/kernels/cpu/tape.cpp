@@ -15,6 +15,7 @@ const auto& kernel(const KernelTable& t, const RopeArgs&) { return t.rope; }
 const auto& kernel(const KernelTable& t, const AttentionArgs&) { return t.attention; }
 const auto& kernel(const KernelTable& t, const AttentionGradArgs&) { return t.attention_grad; }
 const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
+const auto& kernel(const KernelTable& t, const ScoreArgs&) { return t.score; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
@@ -23,8 +24,8 @@ const auto& kernel(const KernelTable& t, const BidirectionalArgs&) { return t.bi
 const auto& kernel(const KernelTable& t, const PoolArgs&) { return t.pool; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention", "attention_grad", "draw", "quant_linear", "quant_embed", "quant_rows",
-                                 "embed_norm", "bidirectional", "pool"};
+                                 "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed",
+                                 "quant_rows", "embed_norm", "bidirectional", "pool"};
 
 }  // namespace
 
