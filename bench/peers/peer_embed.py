@@ -59,10 +59,22 @@ def onnx_file(folder: str) -> str:
         from transformers import AutoModel
 
         model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+        class Hidden(torch.nn.Module):
+            """Hidden states of ids and mask; a mask of four dims is taken as it is."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                added = (1.0 - mask[:, None, None, :].float()) * -1e9
+                return self.model(input_ids=ids, attention_mask=added).last_hidden_state
+
         ids = torch.ones(2, 8, dtype=torch.int64)
         axes = {0: "batch", 1: "length"}
         torch.onnx.export(
-            model, (ids, ids.clone()), str(path), input_names=["input_ids", "attention_mask"],
+            Hidden(), (ids, ids.clone()), str(path), input_names=["input_ids", "attention_mask"],
             output_names=["last_hidden_state"], dynamo=False, opset_version=17,
             dynamic_axes={"input_ids": axes, "attention_mask": axes, "last_hidden_state": axes},
         )  # fmt: skip
