@@ -37,7 +37,7 @@ from sterna.engine.request import (
     TokenLogprob,
 )
 from sterna.engine.stream import merge_outputs
-from sterna.engine.task import resolve_task
+from sterna.engine.task import Task, resolve_task
 from sterna.model.hub import resolve_model
 from sterna.text.chat import ChatRenderer
 
@@ -85,7 +85,7 @@ class LLM:
 
     def __init__(self, model: str = "", **settings: Any) -> None:
         config = _config(settings)
-        is_embedder = resolve_task(resolve_model(model), config.task) == "embed"
+        is_embedder = _task(model, config) == "embed"
         self._embedder = build_embedder(model, config) if is_embedder else None
         self._engine = None if is_embedder else build_engine(model, config)
         self._is_closed = False
@@ -278,6 +278,10 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.request_id)
         return found
+
+
+def _task(model: str, config: EngineConfig) -> Task:
+    return resolve_task(resolve_model(model), config.task)
 
 
 def _config(settings: dict[str, Any]) -> EngineConfig:

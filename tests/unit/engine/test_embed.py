@@ -18,6 +18,7 @@ from sterna.core.errors import (
     StepError,
     TaskError,
 )
+from sterna.engine.build import build_engine
 from sterna.engine.build_embed import build_embedder
 from sterna.engine.config import EngineConfig
 from sterna.engine.embed_aio import AsyncEmbedder, _Job, take_fairly
@@ -170,6 +171,8 @@ def test_tasks_follow_the_files_and_refuse_what_cannot_be(encoder_folder):
     assert resolve_task(folder, "auto") == "embed"
     with pytest.raises(ConfigError, match=r"is an encoder"):
         resolve_task(folder, "generate")
+    with pytest.raises(TaskError, match=r"embeds and writes no text"):
+        build_engine(str(folder), settings())
     with pytest.raises(ConfigError, match=r"64 positions"):
         build_embedder(str(folder), settings(max_model_len=65))
 
