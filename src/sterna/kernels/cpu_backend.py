@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
-from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls
+from sterna.kernels import _cpu, cpu_calls, cpu_encoder_calls, cpu_quant_calls
 from sterna.kernels.backend import use_backend
 from sterna.kernels.kv_codes import row_elems
 from sterna.kernels.optable import OPS, library
@@ -29,7 +29,7 @@ from sterna.kernels.tiles import TILE_ROWS, WIDTHS
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _PANEL = _cpu.PANEL
-_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS
+_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS | cpu_encoder_calls.ENCODER_CALLS
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)
 # Ops that take plain weights in training, and whether those are gated. From this many rows on a
@@ -223,6 +223,13 @@ def _serves(name: str, args: tuple[Any, ...], check: bool) -> bool:
         if check:
             _check_tokens(args[0], _table_rows(args[1]))
         return _is_served(args[1].dtype, args[2])
+    if name == "embed_norm":
+        if check:
+            _check_tokens(args[0], args[1].shape[0])
+            _check_positions(args[2], args[3])
+        return args[1].dtype in cpu_calls.DTYPES
+    if name == "bidirectional_attention":
+        return _is_served(args[0].dtype, args[4])
     if name == "quant_embed":
         if check:
             _check_tokens(args[0], args[1].shape[0] * TILE_ROWS)
@@ -256,6 +263,16 @@ def _table_rows(table: Tensor) -> int:
 def _check_tokens(tokens: Tensor, vocab: int) -> None:
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
         raise KernelError(f"token ids must lie in [0, {vocab})")
+
+
+def _check_positions(positions: Tensor, table: Tensor | None) -> None:
+    limit = 0 if table is None else table.shape[0]
+    if (
+        limit > 1
+        and positions.numel()
+        and not 0 <= int(positions.min()) <= int(positions.max()) < limit
+    ):
+        raise KernelError(f"positions must lie in [0, {limit})")
 
 
 def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor | None]) -> Any:

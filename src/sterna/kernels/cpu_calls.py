@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4, "tanh": 5}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # others: the compute dtype, 0
 
@@ -91,8 +91,10 @@ def linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    return _linear(sink, x, weight, out_features, bias=bias, residual=residual)
+    act = ACTIVATIONS[activation]
+    return _linear(sink, x, weight, out_features, bias=bias, residual=residual, act=act)
 
 
 def gated_linear(
@@ -118,6 +120,7 @@ def _linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: int = 0,
+    act: int = 0,
     out_dtype: torch.dtype | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
@@ -128,7 +131,7 @@ def _linear(
     sink.kernels.linear(
         sink.tape, *sink.counts(rows, 0), x.data_ptr(), weight.data_ptr(), address(bias),
         address(residual), out.data_ptr(), kind, DTYPES[x.dtype], int(weight.dim() == 4),
-        in_features, out_features, gate, int(out_dtype is not None), softcap, scale,
+        in_features, out_features, gate, act, int(out_dtype is not None), softcap, scale,
     )  # fmt: skip
     return out
 

@@ -39,6 +39,9 @@ _embed: _Op = _sterna.embed.default
 _rms_norm: _Op = _sterna.rms_norm.default
 _layer_norm: _Op = _sterna.layer_norm.default
 _linear: _Op = _sterna.linear.default
+_embed_norm: _Op = _sterna.embed_norm.default
+_bidirectional_attention: _Op = _sterna.bidirectional_attention.default
+_pool: _Op = _sterna.pool.default
 _gated_linear: _Op = _sterna.gated_linear.default
 _activate: _Op = _sterna.activate.default
 _add: _Op = _sterna.add.default
@@ -72,31 +75,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     return _rms_norm(x, weight, eps, unit_offset)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x [T, D], weight and bias [D] -> [T, D]."""
     return _layer_norm(x, weight, bias, eps)
 
 
+def embed_norm(
+    tokens: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    position_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """An encoder's first hidden states: tokens [T], positions [T] int32, table [V, D] -> [T, D].
+
+    layer_norm(table[token] + position_table[position]), rounded once. position_table: float32
+    [P, D]; [1, D] is added to every token, whatever its position; None adds nothing.
+    """
+    return _embed_norm(tokens, table, positions, position_table, weight, bias, eps)
+
+
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str = "none",
 ) -> Tensor:
     """x [T, K], weight [N, K], bias [N], residual [T, N] -> [T, N].
 
-    Bias and residual are added in float32, before the single rounding.
+    activation(x W^T + bias) + residual in float32, before the single rounding. `activation` is
+    "none" or one of `activate`.
     """
-    return _linear(x, weight, bias, residual, out_features)
+    return _linear(x, weight, bias, residual, out_features, activation)
 
 
 def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
     """x [T, K], weight [2I, K] (gate rows, then up rows) -> [T, I]: act(gate) * up.
 
-    `activation` is "silu" or "gelu_tanh"; `out_features` is I. One rounding.
+    `activation` is "silu", "gelu_tanh" or "gelu"; `out_features` is I. One rounding.
     """
     return _gated_linear(x, weight, activation, out_features)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Elementwise "relu", "gelu" (erf), "gelu_tanh" or "silu"; same shape."""
+    """Elementwise "relu", "gelu" (erf), "gelu_tanh", "silu" or "tanh"; same shape."""
     return _activate(x, kind)
 
 
@@ -153,10 +179,11 @@ def quant_linear(
     residual: Tensor | None,
     out_features: int,
     int8_activations: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     """x [T, K], weight [N, K] quantised -> [T, N] as `linear`."""
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
-    return _quant_linear(x, *weight, bias, residual, out_features, int8_activations)
+    return _quant_linear(x, *weight, bias, residual, out_features, int8_activations, activation)
 
 
 def quant_gated_linear(
@@ -248,6 +275,33 @@ def attention(
     i - w < j <= i. softcap c > 0: scores become c * tanh(score / c) before the softmax.
     """
     return _attention(qkv, query_starts, num_heads, num_kv_heads, head_dim, scale, window, softcap)
+
+
+def bidirectional_attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """qkv [T, (H + 2G) * C], query_starts [S + 1] int32 -> [T, H * C].
+
+    Every token of a sequence sees every other; with window w > 0, key j is visible to query i iff
+    |i - j| <= w.
+    """
+    heads = (num_heads, num_kv_heads, head_dim)
+    return _bidirectional_attention(qkv, query_starts, *heads, scale, window)
+
+
+def pool(x: Tensor, query_starts: Tensor, kind: str, normalize: bool = False) -> Tensor:
+    """x [T, D], query_starts [S + 1] int32 -> float32 [S, D], one row a sequence.
+
+    kind: "mean" of its rows, "cls" (the first) or "last". `normalize` divides by the Euclidean
+    length, at least 1e-12. Inference only.
+    """
+    return _pool(x, query_starts, kind, normalize)
 
 
 def rope_store(

@@ -61,12 +61,19 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec(
         "layer_norm",
-        "Tensor x, Tensor weight, Tensor bias, float eps",
+        "Tensor x, Tensor weight, Tensor? bias, float eps",
         reference.layer_norm,
     ),
     OpSpec(
+        "embed_norm",
+        "Tensor tokens, Tensor table, Tensor positions, Tensor? position_table, Tensor weight, "
+        "Tensor? bias, float eps",
+        reference.embed_norm,
+    ),
+    OpSpec(
         "linear",
-        "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_features",
+        "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_features, "
+        "str activation='none'",
         reference.linear,
     ),
     OpSpec(
@@ -82,7 +89,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "quant_linear",
         f"Tensor x, {_QUANT}, int in_features, Tensor? bias, Tensor? residual, int out_features, "
-        "bool int8_activations=False",
+        "bool int8_activations=False, str activation='none'",
         quant_reference.quant_linear,
     ),
     OpSpec(
@@ -110,6 +117,17 @@ OPS: tuple[OpSpec, ...] = (
         "attention",
         f"Tensor qkv, Tensor query_starts, {_HEADS}, float scale, int window=0, float softcap=0.0",
         reference.attention,
+    ),
+    OpSpec(
+        "bidirectional_attention",
+        f"Tensor qkv, Tensor query_starts, {_HEADS}, float scale, int window=0",
+        reference.bidirectional_attention,
+    ),
+    OpSpec(
+        "pool",
+        "Tensor x, Tensor query_starts, str kind, bool normalize=False",
+        reference.pool,
+        inference_only=True,
     ),
     OpSpec(
         "rope_store",

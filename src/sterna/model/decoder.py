@@ -8,7 +8,7 @@ hidden = norm(h); logits = head(hidden)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,31 @@ from sterna.model.config import ModelConfig
 from sterna.model.heads import Embedding, LMHead, PositionEmbedding
 from sterna.model.layers import Attention, Block, GatedLinear, Linear, new_norm
 from sterna.model.rope import rope_table, short_rows
+from sterna.model.rope_config import RopeConfig
 from sterna.parallel.ulysses import ParallelPlan
 
 # (decoder, embedded h [T, D], batch) -> the last block's output, or None: take the usual way
 Walk = Callable[["Decoder", Tensor, Batch], Tensor | None]
 
 
+class RopeSettings(Protocol):
+    """What rope tables are made from."""
+
+    @property
+    def num_positions(self) -> int:
+        """Longest sequence."""
+        ...
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotations in use."""
+        ...
+
+
 class RopeTables(nn.Module):
     """The float32 rope tables of a model; they follow its device but never its dtype."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: RopeSettings, device: torch.device) -> None:
         super().__init__()
         length = config.num_positions
         self.tables = [rope_table(rope, length).to(device) for rope in config.ropes]

@@ -120,14 +120,15 @@ def _folder_config(folder: Path) -> ModelConfig:
         raise ModelFileError(
             f"{folder}: no config.json (found {found}); needed: config.json and safetensors files"
         )
-    config = parse_config(_read_json(path), str(path))
+    config = parse_config(read_config_json(path), str(path))
     generation = folder / "generation_config.json"
-    ids = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = read_config_json(generation).get("eos_token_id") if generation.exists() else None
     merged = dict.fromkeys((*as_token_ids(ids), *config.eos_token_ids))
     return replace(config, eos_token_ids=tuple(merged))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ModelFileError when it is missing or holds something else."""
     try:
         value = json.loads(path.read_text())
     except ValueError as error:

@@ -229,6 +229,12 @@ DIFFERENTIABLE = {
         g(3, WIDTH), i32(0, 1, 2), rope_table(), g(HEAD_DIM), g(HEAD_DIM), 1e-6, False, *SHAPE
     ),
     "attention": lambda g: ops.attention(g(5, WIDTH), i32(0, 2, 5), *SHAPE, 0.3, 2, 3.0),
+    "embed_norm": lambda g: ops.embed_norm(
+        i32(1, 1, 4), g(6, 8), i32(0, 1, 2), g(3, 8), g(8), g(8), 1e-6
+    ),
+    "bidirectional_attention": lambda g: ops.bidirectional_attention(
+        g(5, WIDTH), i32(0, 2, 5), *SHAPE, 0.3, 1
+    ),
 }
 
 

@@ -19,6 +19,9 @@ Kernel<ScoreArgs> score_kernel();
 Kernel<QuantLinearArgs> quant_linear_kernel();
 Kernel<QuantEmbedArgs> quant_embed_kernel();
 Kernel<QuantRowsArgs> quant_rows_kernel();
+Kernel<EmbedNormArgs> embed_norm_kernel();
+Kernel<BidirectionalArgs> bidirectional_kernel();
+Kernel<PoolArgs> pool_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

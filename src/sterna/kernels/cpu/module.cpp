@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <charconv>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -102,12 +103,13 @@ void bind_row_ops(nb::class_<Kernels>& k) {
 void bind_matrix_ops(nb::class_<Kernels>& k) {
   k.def("linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr weight,
                      Addr bias, Addr residual, Addr out, int kind, int dtype, int packed, int in,
-                     int out_features, int gate, int out_f32, float softcap, float scale) {
+                     int out_features, int gate, int act, int out_f32, float softcap,
+                     float scale) {
     self.submit(tape, LinearArgs{ptr<void>(x), ptr<void>(weight), ptr<void>(bias),
                                  ptr<void>(residual), ptr<void>(out), kind, dtype, packed, in,
-                                 out_features, gate, out_f32, softcap, scale}, t, r, s);
+                                 out_features, gate, act, out_f32, softcap, scale}, t, r, s);
   }, "tape"_a.none(), ROWS, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
-     "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "out_f32"_a,
+     "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "act"_a, "out_f32"_a,
      "softcap"_a, "scale"_a);
 }
 
@@ -123,15 +125,16 @@ void bind_quant_ops(nb::class_<Kernels>& k) {
   k.def("quant_linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr tiles,
                            Addr scales, Addr table, Addr row_formats, int bits, int group,
                            int scale_kind, int in, Addr bias, Addr residual, Addr out, int kind,
-                           int dtype, int out_features, int gate, int out_f32, float softcap,
+                           int dtype, int out_features, int gate, int act, int out_f32, float softcap,
                            float scale, float int8_unit) {
     self.submit(tape, QuantLinearArgs{ptr<void>(x), quant_weight(tiles, scales, table, row_formats,
                                       bits, group, scale_kind, in), ptr<void>(bias),
                                       ptr<void>(residual), ptr<void>(out), kind, dtype,
-                                      out_features, gate, out_f32, softcap, scale, int8_unit},
+                                      out_features, gate, act, out_f32, softcap, scale, int8_unit},
                 t, r, s);
   }, "tape"_a.none(), ROWS, "x"_a, WEIGHT, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
-     "dtype"_a, "out_features"_a, "gate"_a, "out_f32"_a, "softcap"_a, "scale"_a, "int8_unit"_a);
+     "dtype"_a, "out_features"_a, "gate"_a, "act"_a, "out_f32"_a, "softcap"_a, "scale"_a,
+     "int8_unit"_a);
   k.def("quant_embed", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr tiles,
                           Addr scales, Addr table, Addr row_formats, int bits, int group,
                           int scale_kind, int in, Addr out, int kind, int dtype, float scale) {
@@ -201,6 +204,49 @@ void bind_attention_ops(nb::class_<Kernels>& k) {
      "softcap"_a);
 }
 
+// Rows of floats as JSON lists, one a line: the shortest digits that read back as the same float.
+nb::bytes json_rows(Addr values, int64_t rows, int64_t cols) {
+  std::string text;
+  {
+    nb::gil_scoped_release release;
+    const float* x = ptr<float>(values);
+    text.reserve(size_t(rows) * size_t(cols) * 14);
+    char digits[32];
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c, ++x) {
+        text += c ? ',' : '[';
+        text.append(digits, std::to_chars(digits, digits + sizeof(digits), *x).ptr);
+      }
+      text += "]\n";
+    }
+  }
+  return nb::bytes(text.data(), text.size());
+}
+
+void bind_encoder_ops(nb::class_<Kernels>& k) {
+  k.def("embed_norm", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr table,
+                         Addr positions, Addr position_table, Addr weight, Addr bias, Addr out,
+                         int dtype, int hidden, int num_positions, float eps) {
+    self.submit(tape, EmbedNormArgs{ptr<int32_t>(tokens), ptr<void>(table), ptr<int32_t>(positions),
+                                    ptr<float>(position_table), ptr<void>(weight), ptr<void>(bias),
+                                    ptr<void>(out), dtype, hidden, num_positions, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "token_ids"_a, "table"_a, "positions"_a, "position_table"_a, "weight"_a,
+     "bias"_a, "out"_a, "dtype"_a, "hidden"_a, "num_positions"_a, "eps"_a);
+  k.def("bidirectional", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr starts,
+                            Addr out, int dtype, int heads, int kv_heads, int head_dim, int window,
+                            float scale) {
+    self.submit(tape, BidirectionalArgs{ptr<void>(qkv), ptr<int32_t>(starts), ptr<void>(out), dtype,
+                                        heads, kv_heads, head_dim, window, scale}, t, r, s);
+  }, "tape"_a.none(), ROWS, "qkv"_a, "query_starts"_a, "out"_a, "dtype"_a, "num_heads"_a,
+     "num_kv_heads"_a, "head_dim"_a, "window"_a, "scale"_a);
+  k.def("pool", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr starts, Addr out,
+                   int dtype, int hidden, int kind, int normalize) {
+    self.submit(tape, PoolArgs{ptr<void>(x), ptr<int32_t>(starts), ptr<float>(out), dtype, hidden,
+                               kind, normalize}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "query_starts"_a, "out"_a, "dtype"_a, "hidden"_a, "kind"_a,
+     "normalize"_a);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -222,6 +268,7 @@ NB_MODULE(_cpu, m) {
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  m.def("json_rows", &json_rows, "values"_a, "rows"_a, "cols"_a);
   m.def("attention_grad_width", &attention_grad_width, "head_dim"_a);
   m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
   m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
@@ -259,4 +306,5 @@ NB_MODULE(_cpu, m) {
   bind_matrix_ops(k);
   bind_quant_ops(k);
   bind_attention_ops(k);
+  bind_encoder_ops(k);
 }
