@@ -82,6 +82,8 @@ def describe_embedder(engine: AsyncEmbedder, config: ServerConfig) -> ServedMode
         num_kv_blocks=0,
         block_size=0,
         policy="embed",
+        speculation="off",
+        prompt_layers="all",
         kernels="reference" if engine.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),
     )
