@@ -32,6 +32,7 @@ from sterna.engine.engine import Engine
 from sterna.engine.request import DraftResult, EngineRequest, SamplingParams, StepStats
 from sterna.engine.speculate import Speculator
 from sterna.model.decoder import Decoder
+from sterna.model.speculator_file import read_speculator_config
 from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,9 +219,18 @@ def _write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     stamp = datetime.now().strftime("%Y-%m-%dT%H%M%S")
     path = ROOT / "bench" / "results" / f"speculate-{stamp}.json"
     settings = {k: str(v) for k, v in vars(args).items() if k != "questions"}
+    settings["speculator"] = _kind_of(args.speculator)
     data = {"machine": fingerprint().line(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(data, indent=1) + "\n")
     console.print(f"written: {path.relative_to(ROOT)}")
+
+
+def _kind_of(folder: str | None) -> str:
+    """What a speculator is, without where it lies."""
+    if folder is None:
+        return "none"
+    config = read_speculator_config(Path(folder) / "config.json")
+    return f"{config.cell}, {config.num_drafts} drafts, {config.num_outputs} draft tokens"
 
 
 def _arguments() -> argparse.Namespace:

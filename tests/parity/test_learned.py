@@ -24,12 +24,14 @@ from tests.parity.test_speculation import (  # noqa: F401 - fixtures
     new_engine,
     run,
 )
+from tests.parity.test_swiftkv import new_decoder as new_swiftkv
 
 from sterna.core.errors import ConfigError
 from sterna.engine.drafters.base import Draft
 from sterna.engine.drafters.draft_step import DraftStep, base_rows
 from sterna.engine.drafters.learned import LearnedDrafter
 from sterna.engine.drafters.suffix import SuffixDrafter
+from sterna.kernels.load import load_kernels
 from sterna.model.speculator import Speculator, SpeculatorConfig
 
 HIDDEN, INNER = 64, 48
@@ -145,7 +147,10 @@ def test_the_state_is_the_one_that_each_token_was_drawn_from(
 ):
     """To the bit, after cut prompts, preemption, prefix hits, forks and rejected drafts."""
     jobs = {**JOBS, "scored": {"prompt_logprobs": 1, "temperature": 0}}
-    settings = SETTINGS[setting]
+    check_states(decoder, jobs, kind, SETTINGS[setting], monkeypatch)
+
+
+def check_states(decoder, jobs, kind, settings, monkeypatch):  # noqa: F811
     want = run(new_engine(decoder, **settings), jobs)
     watcher = Watcher(known(want), kind, VOCAB)
     engine = new_engine(decoder, (watcher,), **settings)
@@ -195,3 +200,18 @@ def test_more_sequences_than_places_are_drafted_in_parts(decoder):  # noqa: F811
     one = learned.propose([seqs[3]], [3])
     assert isinstance(one[0], Draft)
     assert one[0].tokens == drafts[3].tokens
+
+
+@pytest.mark.parametrize("name", ["llama-tied-bias", "gemma3", "smollm3"])
+def test_on_a_swiftkv_model(name, monkeypatch):
+    """Its prompt rows stop after k layers; those that tokens are drawn from go all the way."""
+    if load_kernels().level != "cpu":
+        pytest.skip("equal bits are promised by the C++ kernels")
+    student = new_swiftkv(name, 2, torch.bfloat16)
+    check_states(student, JOBS, "mixed", {"token_budget": 24}, monkeypatch)
+    want = run(new_engine(student), JOBS)
+    made = new_speculator(student, "lstm", draft_tokens=SOME)
+    learned = LearnedDrafter(made, student, max_num_seqs=16)
+    engine = new_engine(student, (learned,))
+    always_draft(engine, monkeypatch)
+    assert run(engine, JOBS) == want

@@ -12,6 +12,14 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    task: Literal["auto", "generate", "embed"] = Field(
+        "auto",
+        description="generate text, or embed: read texts into vectors or scores; auto = by the "
+        "model's files",
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto", description="of an embedding model; auto = as its files say"
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and activations; auto = bfloat16"

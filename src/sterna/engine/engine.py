@@ -68,7 +68,10 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.limits = Limits(
-            shape.vocab_size, shape.max_model_len, pool.num_usable * config.block_size
+            shape.vocab_size,
+            shape.max_model_len,
+            pool.num_usable * config.block_size,
+            decoder.skips_prompt_rows,
         )
         max_drafts = config.max_draft_rows if drafters else 0
         self.scheduler = Scheduler(tables, budget, config.max_num_seqs, config.policy, max_drafts)
@@ -132,6 +135,11 @@ class Engine:
     def num_waiting_tokens(self) -> int:
         """Tokens that the queue's sequences have to compute."""
         return self.scheduler.num_waiting_tokens
+
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a prompt token runs."""
+        return self._decoder.prompt_layers
 
     @property
     def pool(self) -> BlockPool:

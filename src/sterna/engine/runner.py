@@ -39,6 +39,16 @@ MAX_KEPT_BATCHES = 1024
 class InferenceModel(SizedModel, Protocol):
     """What the engine needs of a decoder; see model/decoder.py."""
 
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a prompt token runs."""
+        ...
+
+    @property
+    def skips_prompt_rows(self) -> bool:
+        """Whether prompt tokens stop before the last layer, so that they have no logits."""
+        ...
+
     def hidden(self, batch: Batch) -> Tensor:
         """[R, D] final hidden states of `batch.output_rows`."""
         ...

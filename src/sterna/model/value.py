@@ -64,7 +64,13 @@ def load_value_model(
     """
     config_path = path / "config.json"
     if not (path.is_dir() and config_path.exists() and _is_classifier(config_path)):
-        return ValueModel(load_model(path, dtype, device).decoder)
+        trunk = load_model(path, dtype, device).decoder
+        if trunk.config.swiftkv is not None:
+            raise UnsupportedModelError(
+                f"{path}: a SwiftKV model cannot be a reward or value model; give the model that "
+                "it was made of"
+            )
+        return ValueModel(trunk)
     load_kernels()
     values = json.loads(config_path.read_text())
     (name, *_) = values["architectures"]

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sterna.core.errors import RequestError, ShuttingDownError
+from sterna.engine.drafters.learner import LearnStats
+from sterna.server.embed_service import EmbedService
 from sterna.server.metrics import CONTENT_TYPE
 from sterna.server.replies import HealthReply, ModelCard, ModelList, VersionReply
 from sterna.server.service import Service
@@ -19,12 +21,12 @@ from sterna.version import __version__
 _PERSON_LIMIT = 2**53  # JavaScript's largest exact integer
 
 
-def list_models(service: Service) -> Response:
+def list_models(service: Service | EmbedService) -> Response:
     """GET /v1/models."""
     return _json(ModelList(data=[_card(service, name) for name in service.model.names]).to_json())
 
 
-def show_model(service: Service, name: str) -> Response:
+def show_model(service: Service | EmbedService, name: str) -> Response:
     """GET /v1/models/{id}; UnknownModelError for a model that is not served."""
     return _json(_card(service, service.model.check(name)).to_json())
 
@@ -34,7 +36,7 @@ def show_version() -> Response:
     return _json(VersionReply(version=__version__).to_json())
 
 
-def show_health(service: Service) -> Response:
+def show_health(service: Service | EmbedService) -> Response:
     """GET /health: 200 while the engine makes progress or has nothing to do, else 503.
 
     Also 503 while the server drains, so that balancers send new requests elsewhere.
@@ -45,19 +47,19 @@ def show_health(service: Service) -> Response:
     return _json(HealthReply().to_json())
 
 
-def show_metrics(service: Service) -> Response:
+def show_metrics(service: Service | EmbedService) -> Response:
     """GET /metrics: gauges are read now, counters and histograms have grown by themselves."""
     metrics, load = service.view.metrics, service.engine.load()
     metrics.running.set(load.num_running)
     metrics.waiting.set(load.num_waiting)
     metrics.kv_usage.set(load.kv_usage)
-    learning = service.engine.learning()
+    learning = _learn_stats(service)
     if learning is not None:
         metrics.note_learning(learning)
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
-def show_state(service: Service) -> Response:
+def show_state(service: Service | EmbedService) -> Response:
     """GET /engine/state: the snapshot that the live page polls."""
     model, load = service.model, service.engine.load()
     state: dict[str, Any] = {
@@ -70,27 +72,29 @@ def show_state(service: Service) -> Response:
         "max_model_len": model.max_model_len,
         "policy": model.policy,
         "speculation": model.speculation,
-        **_learning(service),
+        "prompt_layers": model.prompt_layers,
         "running": load.num_running,
         "waiting": load.num_waiting,
         "kv_usage": load.kv_usage,
         **service.view.latencies(),
         "totals": asdict(service.view.totals),
     }
+    learning = _learn_stats(service)
+    if learning is not None:
+        state["speculator_learns"] = asdict(learning)
     return _json(json.dumps(state).encode())
 
 
-def stream_steps(service: Service, request: Request) -> Response:
+def stream_steps(service: Service | EmbedService, request: Request) -> Response:
     """GET /engine/steps?since=N: every step above N as it happens, as server-sent events."""
     view = service.view
     pieces = view.stream(_since(request))
     return EventStream(pieces, lambda: None)
 
 
-def _learning(service: Service) -> dict[str, Any]:
-    """Only where a speculator learns while serving."""
-    stats = service.engine.learning()
-    return {} if stats is None else {"speculator_learns": asdict(stats)}
+def _learn_stats(service: Service | EmbedService) -> LearnStats | None:
+    """Of a speculator that learns while serving."""
+    return service.engine.learning() if isinstance(service, Service) else None
 
 
 def _since(request: Request) -> int:
@@ -101,7 +105,7 @@ def _since(request: Request) -> int:
     return min(int(text[:20]), _PERSON_LIMIT)
 
 
-def _card(service: Service, name: str) -> ModelCard:
+def _card(service: Service | EmbedService, name: str) -> ModelCard:
     model = service.model
     return ModelCard(
         id=name, created=model.created, root=model.root, max_model_len=model.max_model_len

@@ -58,6 +58,8 @@ class FakeDecoder:
     """See the module docstring. `poison` tokens make logits NaN, `explode` tokens raise."""
 
     dtype = torch.float32
+    skips_prompt_rows = False
+    prompt_layers = "all 1"
 
     def __init__(self, poison=(), explode=()):
         self.config = FakeConfig()

@@ -99,7 +99,7 @@ def test_loss_is_the_trainers_and_the_measure_is_what_is_served(
     wanted = torch.cat([made.outputs_of(rows[:, i + 1].contiguous(), IGNORE) for i in range(3)])
     logits = pair.drafted(batch)[:, :num].flatten(0, 1) @ head.T
     want = F.cross_entropy(logits, wanted.long(), ignore_index=IGNORE)
-    assert draft_loss(made, base, hidden, rows).item() == pytest.approx(float(want), rel=1e-5)
+    assert draft_loss(made, base, hidden, rows).item() == pytest.approx(want.item(), rel=1e-5)
     step = DraftStep(made, decoder, num)
     step.inputs.hidden[:] = hidden
     step.inputs.tokens[:] = rows[:, 0]

@@ -1,14 +1,13 @@
 // What a learned speculator does between its matrices: the cell of a draft, and its token.
 //
 // A row is worked on by one thread alone, in float32, and rounded once at its outputs.
+#include "activations.h"
 #include "kernels.h"
 #include "microkernel.h"
 
 namespace sterna {
 namespace STERNA_ISA {
 namespace {
-
-constexpr float HALF_SQRT = 0.70710678118654752f;
 
 int padded(int n) { return (n + VW - 1) / VW * VW; }
 
@@ -37,8 +36,8 @@ void norm_gelu(float* x, const void* weight, const void* bias, int n, float eps,
   vf squares = {};
   for (int k = 0; k < padded(n); k += VW) squares += load(x + k) * load(x + k);
   vf inv = splat(1.f / std::sqrt(sum(squares) / n + eps));
-  for (int k = 0; k < padded(n); k += VW) store(x + k, load(x + k) * inv * load(w + k) + load(b + k));
-  for (int k = 0; k < n; ++k) x[k] = 0.5f * x[k] * (1.f + std::erf(x[k] * HALF_SQRT));
+  for (int k = 0; k < padded(n); k += VW)
+    store(x + k, vgelu_exact(load(x + k) * inv * load(w + k) + load(b + k)));
 }
 
 // The lstm's cell into `fresh`: cell * sigmoid(f) + gelu(norm(fresh)) * sigmoid(i).
