@@ -33,7 +33,7 @@ def llama(
 
 def measure(threads: int = 1, timeout: float = 600, **job: Any) -> dict[str, Any] | None:
     """The point's figures; None when its memory did not suffice. SystemExit when it failed."""
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         values = {"threads": threads, "system": "sterna", "folder": folder, "longseq": {}, **job}
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(values))

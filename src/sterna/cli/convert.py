@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sterna.core.errors import ConfigError, TrainError
+from sterna.core.errors import TrainError
 from sterna.core.log import setup_logging
+from sterna.core.rundir import refuse_existing
 
 if TYPE_CHECKING:
     from sterna.train.distill.measure import StudentQuality
@@ -78,8 +79,7 @@ def swiftkv(
     run
         Folder of the run with its checkpoints and report.html; OUTPUT.run when not given.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output}: is there already; remove it or choose another --output")
+    refuse_existing(output)
     folder = run or output.with_name(output.name + ".run")
     values: dict[str, Any] = {
         "model": {"path": model, "dtype": dtype},

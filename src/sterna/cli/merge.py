@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
+from sterna.core.rundir import refuse_existing
 
 
 def merge(
@@ -45,8 +45,7 @@ def merge(
     from sterna.train.adapter_file import load_adapter
 
     setup_logging("WARNING")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output}: is there already; remove it or choose another --output")
+    refuse_existing(output)
     path = resolve_model(model)
     with Console(stderr=True).status("merge"):
         decoder = load_quantized(path, dtype, weights=PLAIN).decoder

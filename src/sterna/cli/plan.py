@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from sterna.cli.flags import AsJson
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
-
-Positive = Annotated[float, Parameter(show_default=False)]
 
 
 def plan(
@@ -91,16 +86,13 @@ def plan(
 
 
 def _config(model: str) -> Any:
-    from sterna.model.config import parse_config
     from sterna.model.hub import resolve_model
     from sterna.model.load import open_checkpoint
+    from sterna.train.pretrain import read_config
 
     path = Path(model)
     if model.endswith(".json") and path.is_file():
-        try:
-            return parse_config(json.loads(path.read_text()), model)
-        except ValueError as error:
-            raise ConfigError(f"{model}: not valid JSON ({error})") from error
+        return read_config(path)
     return open_checkpoint(resolve_model(model))[0]
 
 
@@ -138,7 +130,6 @@ def _as_dict(chosen: Any, reasons: tuple[str, ...], longest: int) -> dict[str, A
         "disk_bytes": chosen.estimate.disk,
         "step_seconds": list(chosen.seconds),
         "longest_row": longest,
-        "basis": asdict(chosen.layout),
     }
 
 

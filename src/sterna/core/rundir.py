@@ -6,11 +6,22 @@ import os
 import tempfile
 from pathlib import Path
 
+from sterna.core.errors import ConfigError, SternaError
+
 
 def home() -> Path:
     """The folder for caches and settings: `STERNA_HOME`, else `~/.cache/sterna`."""
     override = os.environ.get("STERNA_HOME")
     return Path(override) if override else Path.home() / ".cache" / "sterna"
+
+
+def refuse_existing(output: Path, error: type[SternaError] = ConfigError) -> None:
+    """Raises `error` where a folder is to be written and something is there; an empty one is not.
+
+    The message names the flag --output.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise error(f"{output}: is there already; remove it or choose another --output")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sterna.core.errors import RequestError, StepError, SternaError
 from sterna.engine.request import SamplingParams, TokenLogprob
 from sterna.engine.rng import uniform
-from sterna.kernels.sampling import Draw, draw
+from sterna.kernels.sampling import Draw, draw, log_sum
 
 # Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
 GREEDY_BELOW = 1e-5
@@ -100,9 +100,7 @@ def sample(
 
 def token_logprob(row: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob:
     """Log-probability and rank of `token_id` in raw logits [V], with the `num_top` best."""
-    top_logit = row.max()
-    log_sum = np.log(np.exp(row - top_logit).sum(dtype=np.float64))
-    shift = float(top_logit) + float(log_sum)
+    shift = log_sum(row).value
     chosen = row[token_id]
     best = _largest(row, num_top)
     return TokenLogprob(

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from sterna.kernels.attention_backward import attention
-from sterna.kernels.backend import plain_weight
 from sterna.kernels.reference import activate_wide, wide
 
 Grads = tuple[Tensor | None, ...]
@@ -61,7 +60,7 @@ def gated_linear(
     """grad [T, I]; the pre-activations are computed again."""
     if weight.dim() != 2:
         return None
-    pre = x @ plain_weight(weight, 2 * out_features, x.shape[1], gated=True).t()
+    pre = x @ weight.t()
     gate, up = torch.split(pre, out_features, dim=1)
     d_pre = torch.empty_like(pre)
     d_gate, d_up = torch.split(d_pre, out_features, dim=1)

@@ -42,7 +42,7 @@ def shard_batch(batch: B, targets: Tensor, axis: Axis) -> tuple[B, Tensor]:
     if total < axis.size:
         raise ConfigError(
             f"a row of {total} tokens cannot be cut over {axis.size} sp ranks; give longer rows "
-            "(data.length) or a smaller parallel.sp"
+            "(data.seq_len) or a smaller parallel.sp"
         )
     flat: Any = batch
     assert flat.kv is None and flat.output_rows is None

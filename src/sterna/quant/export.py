@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sterna.core.errors import QuantizeError
-from sterna.core.rundir import write_atomic
+from sterna.core.rundir import refuse_existing, write_atomic
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTYPES, DTypeName
 from sterna.model.save import hf_config, save_tensors
@@ -28,8 +28,7 @@ def dequantize_folder(source: Path, out: Path, dtype: DTypeName = "float32") -> 
     """
     if source.suffix != ".gguf" and stored_method(source) is None:
         raise QuantizeError(f"{source}: its weights are not quantised; there is nothing to undo")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QuantizeError(f"{out}: is there already; remove it or choose another --output")
+    refuse_existing(out, QuantizeError)
     decoder = load_quantized(source, dtype).decoder
     save_tensors(plain_tensors(decoder, DTYPES[dtype]), hf_config(decoder), out)
     for name, text in small_files(source).items():

@@ -37,7 +37,7 @@ class QuantModule(nn.Module):
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.is_gated = weight.is_gated
-        self.int8_activations = False  # set_activations() switches it
+        self.int8_activations = False  # use_int8_activations switches it
 
     @property
     def quant_weight(self) -> QuantWeight:

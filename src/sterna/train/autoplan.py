@@ -6,29 +6,34 @@ from typing import Any
 
 import torch
 
+from sterna.core.errors import TrainError
 from sterna.core.log import get_logger
 from sterna.core.machine import available_memory_bytes
+from sterna.parallel.collectives import total
+from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.memory import Job, Layout, Shape, estimate
+from sterna.train.parts import Parts
 from sterna.train.plan import GIB, MEMORY_ERROR, ladder, replan
 
 _log = get_logger(__name__)
-_CHOICES = {"checkpoint", "every", "tier", "mlp_tile", "attention_tile", "head_rows"}
 
 
 def is_chosen(settings: LongseqSection) -> bool:
     """Whether the settings say something beside `auto`."""
-    return bool(_CHOICES & set(settings.model_dump(exclude_defaults=True)))
+    return bool(settings.model_dump(exclude_defaults=True, exclude={"auto", "folder"}))
 
 
-def chosen(recipe: Recipe, config: Any, sp: int, shards: int) -> LongseqSection:
+def chosen(recipe: Recipe, config: Any, mesh: Mesh, shards: int) -> LongseqSection:
     """The fastest rung whose predicted peak fits into the memory that is free now.
 
-    The most frugal one, with a warning, when none does.
+    The most frugal one, with a warning, when none does. All ranks call it and choose alike, by the
+    rank with the least: their collectives must meet.
     """
-    job = job_of(recipe)
-    free = free_memory(recipe.model.device)
+    job, sp = job_of(recipe), mesh.sp.size
+    mine = torch.tensor(free_memory(recipe.model.device), dtype=torch.float64, device=mesh.device)
+    free = float(total(mine, mesh.data, "min"))
     shape = Shape.of(config)
     rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1))
     for settings in rungs:
@@ -36,12 +41,16 @@ def chosen(recipe: Recipe, config: Any, sp: int, shards: int) -> LongseqSection:
         if peak <= free:
             said = settings.model_dump(exclude_defaults=True) or "nothing"
             _log.info("longseq.auto: %s, %.1f of %.1f GiB", said, peak / GIB, free / GIB)
-            return settings.model_copy(update={"folder": recipe.longseq.folder})
+            return _as_auto(settings, recipe)
     _log.warning(
         "longseq.auto: the most frugal settings need %.1f GiB and %.1f are free; trying them",
         peak / GIB, free / GIB,
     )  # fmt: skip
-    return rungs[-1].model_copy(update={"folder": recipe.longseq.folder})
+    return _as_auto(rungs[-1], recipe)
+
+
+def _as_auto(settings: LongseqSection, recipe: Recipe) -> LongseqSection:
+    return settings.model_copy(update={"auto": True, "folder": recipe.longseq.folder})
 
 
 def job_of(recipe: Recipe) -> Job:
@@ -73,14 +82,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def more_frugal(recipe: Recipe, error: BaseException, shards: int) -> Recipe | None:
-    """The recipe on the next rung; None where that cannot help: not asked for, or the last one."""
+def more_frugal(parts: Parts, error: BaseException) -> Recipe | None:
+    """The recipe of a run that failed, on the next rung.
+
+    None where that cannot help: another error, not asked for, or the last rung. TrainError with
+    more than one rank: the others are at work on the step and would wait for this one forever.
+    """
+    recipe, shards = parts.recipe, parts.shards.size
     if not recipe.longseq.auto or not is_out_of_memory(error):
         return None
     found = replan(recipe.longseq, recipe.model.device != "cpu", True, shards > 1)
     if found is None:
         return None
-    said = found.model_dump(exclude_defaults=True, exclude={"auto"})
+    said = found.model_dump(exclude_defaults=True, exclude={"auto", "folder"})
+    if parts.mesh.world > 1:
+        raise TrainError(
+            f"out of memory on rank {parts.mesh.rank} of {parts.mesh.world}; longseq.auto goes on "
+            f"by itself on one rank only. Set [longseq] to {said} or more frugal, and continue "
+            "with --resume",
+            param="longseq",
+        ) from error
     _log.warning("out of memory; longseq.auto goes on with %s from the last checkpoint", said)
     settings = found.model_copy(update={"auto": True})
     return recipe.model_copy(update={"longseq": settings})

@@ -69,7 +69,7 @@ def build(
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     shards = spread(model, recipe.parallel, mesh)
-    use_longseq(model, recipe, shards.size)
+    recipe = use_longseq(model, recipe, mesh, shards.size)
     weights = trained(model)
     return Trainer(
         Parts(

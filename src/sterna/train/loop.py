@@ -1,14 +1,17 @@
 """`train(recipe)`: the training loop, to be read as a table of contents.
 
-from sterna.train.config import Recipe
-from sterna.train.loop import train
+    from sterna.train.config import Recipe
+    from sterna.train.loop import train
 
-result = train(Recipe(data={"sources": [{"path": "chats.jsonl"}]}, run={"steps": 200}))
-print(result.loss, result.model)
+    result = train(Recipe(data={"sources": [{"path": "chats.jsonl"}]}, run={"steps": 200}))
+    print(result.loss, result.model)
+
+What the lines of `_run` do is in trainer.py.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from sterna.train.autoplan import more_frugal
@@ -19,6 +22,7 @@ from sterna.train.report import Generate
 from sterna.train.result import TrainResult
 from sterna.train.signals import StopSignals
 from sterna.train.task import Task
+from sterna.train.trainer import Trainer
 
 
 def train(
@@ -38,26 +42,24 @@ def train(
 
     Raises ConfigError, DataError, ModelError, NonFiniteError (the state before the bad step is
     kept) or CheckpointError (the last good checkpoint is intact). With `longseq.auto` a run out of
-    memory goes on from its last checkpoint with more frugal settings.
+    memory goes on from its last checkpoint with more frugal settings; on several ranks it raises
+    TrainError naming them.
     """
     while True:
+        trainer = build(recipe, resume, hooks, task, generate)
         try:
-            return _train(recipe, resume, hooks, task, generate)
+            return _run(trainer)
         except (MemoryError, RuntimeError) as error:
-            frugal = more_frugal(recipe, error, recipe.parallel.sp)
+            frugal = more_frugal(trainer.parts, error)
             if frugal is None:
                 raise
-            recipe, resume = frugal, True
+        del trainer
+        gc.collect()  # it is part of a cycle; the next one needs its memory
+        recipe, resume = frugal, True
 
 
-def _train(
-    recipe: Recipe,
-    resume: bool,
-    hooks: Sequence[Hook],
-    task: Task | None,
-    generate: Generate | None,
-) -> TrainResult:
-    with build(recipe, resume, hooks, task, generate) as trainer, StopSignals() as signals:
+def _run(trainer: Trainer) -> TrainResult:
+    with trainer, StopSignals() as signals:
         trainer.start()
         for rows in trainer.steps():
             loss = trainer.compute_gradients(rows)

@@ -20,10 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.config import LongseqSection, chunk_rows_of
 
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.04}
-CHUNK_ROWS, CHUNK_BYTES = 2048, 512 << 20  # train/longseq/chunks.py
 RUNTIME_BYTES = 50 << 20  # scratch of threads, code of kernels at first use
 OPTIM_BYTES = 28 << 20  # float32 slices of 2^20 weights
 PARTIAL_BYTES = 256 << 20  # kernels/cpu_backend.py: above it heads share their key sums
@@ -179,7 +178,7 @@ def _graph_width(shape: Shape, settings: LongseqSection) -> int:
 
 def _head(shape: Shape, job: Job, settings: LongseqSection, tokens: int) -> tuple[float, float]:
     """(working set of the chunked head, what it leaves): bytes."""
-    most = settings.head_rows or max(min(CHUNK_ROWS, CHUNK_BYTES // (4 * shape.vocab)), 1)
+    most = chunk_rows_of(shape.vocab, settings.head_rows or None)
     rows, table = min(tokens, most), shape.vocab * shape.hidden
     b = job.dtype_bytes
     left = b * tokens * shape.hidden + 4.0 * table

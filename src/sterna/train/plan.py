@@ -1,12 +1,13 @@
 """What a row of S tokens needs on given machines, and which settings make it fit.
 
-`plan` tries the settings of `LADDER` from the fastest to the most frugal, and for each the fewest
-ranks a row is spread over (sp), until the peak fits; `replan` is the next rung for a run that met
-the limit all the same. Memory is `memory.estimate`; time is counted:
+`plan` spreads a row over as few ranks (sp) as it can, and for each number of them tries the
+settings of `ladder` from the fastest to the most frugal, until the peak fits; `replan` is the next
+rung for a run that met the limit all the same. Memory is `memory.estimate`; time is counted:
 
     dense        6 N_m T FLOPs, 8 when blocks run again; N_m without a looked-up embedding
-    attention    3 x 2 n^2 O a block and document (causal), 3.5 x when it runs again
-    time         FLOPs / (peak rate x efficiency), with the interval of the efficiencies seen
+    attention    3.5 x 2 n^2 O a block and document (causal; forward 1, backward 2.5), 4.5 x when
+                 it runs again
+    time         FLOPs / (peak rate x efficiency), for the two efficiencies assumed (EFFICIENCY)
 
 Optimizer states stay on the device: offloading them is not built, so a plan never counts on it.
 Nothing here was run on a GPU: rates and memory of one are its maker's figures.
@@ -155,7 +156,7 @@ def step_flops(shape: Shape, job: Job, recomputes: bool) -> float:
     blocks = shape.layers * shape.block_weights
     dense = job.tokens * (6.0 * (blocks + head) + (2.0 * blocks if recomputes else 0.0))
     longest = job.longest or job.tokens
-    pairs = job.tokens / longest * longest * (longest + 1) / 2
+    pairs = job.tokens * (longest + 1) / 2
     once = 4.0 * pairs * shape.attention * shape.layers
     return dense + once * (4.5 if recomputes else 3.5)
 

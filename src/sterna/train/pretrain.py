@@ -38,6 +38,6 @@ def read_config(path: Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.config {path}: {error}; give a Hugging Face config.json", param="model.config"
+            f"{path}: {error}; give a Hugging Face config.json", param="model.config"
         ) from error
     return parse_config(values, str(path))

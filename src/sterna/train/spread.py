@@ -31,21 +31,23 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     return mesh.data
 
 
-def use_longseq(model: Any, recipe: Recipe, num_shards: int) -> None:
-    """Switch on the recipe's checkpoints and tiles.
+def use_longseq(model: Any, recipe: Recipe, mesh: Mesh, num_shards: int) -> Recipe:
+    """Switch on the recipe's checkpoints and tiles; the recipe with what longseq.auto chose.
 
-    ConfigError for a model behind transformers, or for what FSDP2 does not allow.
+    All ranks call it. ConfigError for a model behind transformers, or for what FSDP2 does not
+    allow.
     """
     settings = recipe.longseq
     if settings.auto and not is_chosen(settings) and isinstance(model, Decoder):
-        settings = chosen(recipe, model.config, recipe.parallel.sp, num_shards)
-    plain = {"head_rows": settings.head_rows, "auto": settings.auto}
-    if settings == LongseqSection.model_validate(plain):
-        return
+        settings = chosen(recipe, model.config, mesh, num_shards)
+        recipe = recipe.model_copy(update={"longseq": settings})
+    if settings == LongseqSection.model_validate({"head_rows": settings.head_rows}):
+        return recipe
     if not isinstance(model, Decoder):
         raise ConfigError(
-            "[longseq] checkpoints and tiles are those of native models; this one runs behind "
-            "transformers. Leave them out, or choose a model of a native family",
+            "[longseq] checkpoints, tiles and auto are those of native models; this one runs "
+            "behind transformers. Leave them out, or choose a model of a native family",
             param="longseq",
         )
     apply_longseq(model, settings, recipe.run.output, num_shards > 1)
+    return recipe

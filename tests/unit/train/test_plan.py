@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from sterna.cli.main import run
-from sterna.core.errors import ConfigError
+from sterna.core.errors import ConfigError, TrainError
+from sterna.kernels import cpu_backend
 from sterna.model.config import parse_config
-from sterna.train import autoplan, plan
+from sterna.parallel.mesh import Axis
+from sterna.train import autoplan, memory, plan
+from sterna.train.build import build
 from sterna.train.hooks import Hook
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.loop import train
@@ -82,6 +87,11 @@ def test_more_sums_and_masters_cost_their_bytes():
     assert base - bare == pytest.approx(4 * SHAPE.weights)
 
 
+def test_constants_of_the_kernels_are_theirs():
+    """memory.py imports no torch, so it has its own copy."""
+    assert memory.PARTIAL_BYTES == cpu_backend._PARTIAL_BYTES
+
+
 def test_nonsense_is_refused():
     with pytest.raises(ConfigError, match="positive"):
         plan.plan(SHAPE, replace(Job(1), tokens=0), plan.Machines())
@@ -109,7 +119,7 @@ def test_the_command_says_it_in_json_and_by_its_exit_code(tmp_path, capsys):
     assert "longest row" in capsys.readouterr().out
     path.write_text("{")
     assert run(["plan", str(path)]) == 2
-    assert "not valid JSON" in capsys.readouterr().err
+    assert "give a Hugging Face config.json" in capsys.readouterr().err
 
 
 def losses(result):
@@ -125,11 +135,30 @@ def test_a_run_plans_itself_and_learns_the_same(tiny, tmp_path, monkeypatch):
     assert losses(result) == pytest.approx(plain, rel=1e-5)
 
 
+def test_rows_of_logits_that_auto_chose_reach_the_loss(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoplan, "free_memory", lambda device: 1.0)
+    with build(tiny.recipe(tmp_path, longseq={"auto": True})) as trainer:
+        assert trainer.parts.recipe.longseq.head_rows == 512
+        assert trainer.parts.step._loss.keywords["chunk_rows"] == 512
+
+
+def test_auto_is_refused_where_it_has_no_effect(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, longseq={"auto": True}, model={"backend": "hf"})
+    with pytest.raises(ConfigError, match="auto"):
+        build(recipe)
+
+
 class Exhausted(Hook):
     """Memory runs out once, after step 2."""
 
     def __init__(self):
         self.times = 0
+        self.settings, self.models = [], []
+
+    def on_start(self, trainer):
+        self.models = [ref for ref in self.models if ref() is not None]
+        self.models.append(weakref.ref(trainer.parts.model))
+        self.settings.append(trainer.parts.recipe.longseq)
 
     def after_step(self, trainer, stats):
         if stats.step == 3 and not self.times:
@@ -144,7 +173,29 @@ def test_a_run_out_of_memory_goes_on_from_its_checkpoint(tiny, tmp_path):
     hook = Exhausted()
     result = train(tiny.recipe(tmp_path, **sections), hooks=[hook])
     assert hook.times == 1 and result.outcome == "done"
+    assert len(hook.models) == 1  # the first model was gone before the second
     assert losses(result) == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_next_rung_is_after_the_one_auto_chose(tiny, tmp_path, monkeypatch):
+    rungs = list(plan.ladder(False, True, False))
+    monkeypatch.setattr(autoplan, "ladder", lambda *args: iter(rungs[3:4]))
+    own = {"output": str(tmp_path / "run"), "steps": 3, "rows_per_step": 4, "threads": 1}
+    sections = {"run": own, "longseq": {"auto": True}, "checkpoint": {"every": 2}}
+    hook = Exhausted()
+    train(tiny.recipe(tmp_path, **sections), hooks=[hook])
+    bare = [s.model_copy(update={"auto": False}) for s in hook.settings]
+    assert bare == rungs[3:5]
+
+
+def test_one_of_several_ranks_does_not_go_on_alone(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, longseq={"auto": True})
+    parts = SimpleNamespace(
+        recipe=recipe, shards=Axis("whole"), mesh=SimpleNamespace(world=2, rank=1)
+    )
+    with pytest.raises(TrainError, match=r"rank 1 of 2.*checkpoint"):
+        autoplan.more_frugal(parts, MemoryError())
+    assert autoplan.more_frugal(parts, ValueError()) is None
 
 
 def test_other_errors_and_runs_without_auto_are_not_touched(tiny, tmp_path):

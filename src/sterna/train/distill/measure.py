@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,15 +107,15 @@ def _compare(pair: SwiftKVPair, student: Tensor, teacher: Tensor, targets: Tenso
     return torch.stack([value.double().to(student.device) for value in sums])
 
 
-class _Measure(Hook):
+class _Measure(Hook, ABC):
     """Appends a line of figures after every eval; subclasses compute them."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
 
+    @abstractmethod
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """The figures of the held-out rows. All ranks call it."""
-        raise NotImplementedError
 
     def on_start(self, trainer: Trainer) -> None:
         """Drop the lines that a killed run wrote after its checkpoint."""

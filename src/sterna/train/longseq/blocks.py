@@ -30,7 +30,14 @@ from sterna.model.batch import Batch
 from sterna.model.layers import Block
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.store import Store
-from sterna.train.longseq.tiles import WeightSums, backward_tiles, forward_tiles, tiled
+from sterna.train.longseq.tiles import (
+    RandomState,
+    WeightSums,
+    backward_tiles,
+    forward_tiles,
+    replayed,
+    tiled,
+)
 
 
 @dataclass(slots=True)
@@ -60,16 +67,19 @@ class LongBlock:
         return forward_tiles(self.block.finish, (h, o), self.settings.mlp_tile)
 
     def backward(
-        self, h: Tensor, batch: Batch, table: Tensor | None, grad: Tensor, rng: Tensor | None
+        self, h: Tensor, batch: Batch, table: Tensor | None, grad: Tensor, random: RandomState
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """(gradient of h, gradients of `weights()`) from the block's input and the upstream one."""
+        """(gradient of h, gradients of `weights()`) from the block's input and the upstream one.
+
+        `random`: where the random numbers stood before the block ran.
+        """
         sums = WeightSums(self.weights())
         front, rows = self._front_of(table), (h, batch.positions)
-        with replayed(rng):
+        with replayed(random, h):
             qkv = forward_tiles(front, rows, self.settings.attention_tile)
             d_h, d_qkv = self._backward_attention(h, batch, qkv, grad, sums)
         del qkv
-        with replayed(rng):
+        with replayed(random, h):
             found = backward_tiles(front, rows, d_qkv, self.settings.attention_tile, sums)[0]
         assert found is not None
         return d_h.add_(found), sums.take()
@@ -117,7 +127,7 @@ class _Checkpoint(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         ctx.blocks, ctx.batch, ctx.tables = blocks, batch, tables
-        ctx.rng = torch.get_rng_state() if any(draws(b.block) for b in blocks) else None
+        ctx.random = RandomState.now(h)
         ctx.kept = blocks[0].store.put(h)
         return _run(blocks, h, batch, tables)
 
@@ -140,43 +150,17 @@ def _run(blocks: list[LongBlock], h: Tensor, batch: Batch, tables: list[Tensor |
     return h
 
 
-def _inputs(ctx: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+def _inputs(ctx: Any) -> tuple[list[Tensor], list[RandomState]]:
     """The input of every block, and the state of the random numbers it began with."""
     blocks: list[LongBlock] = ctx.blocks
     h = blocks[0].store.take(ctx.kept)
-    inputs, states = [h], [ctx.rng]
-    with replayed(ctx.rng):
+    inputs, states = [h], [ctx.random]
+    with replayed(ctx.random, h):
         for block, table in zip(blocks[:-1], ctx.tables[:-1], strict=True):
             h = block.run(h, ctx.batch, table)
             inputs.append(h)
-            states.append(None if ctx.rng is None else torch.get_rng_state())
+            states.append(RandomState.now(h))
     return inputs, states
-
-
-class replayed:
-    """Within it, random numbers come again from `state`; None = there are none to draw."""
-
-    def __init__(self, state: Tensor | None) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        if self._state is not None:
-            self._outer = torch.get_rng_state()
-            torch.set_rng_state(self._state)
-
-    def __exit__(self, *error: object) -> None:
-        if self._state is not None:
-            torch.set_rng_state(self._outer)
-
-
-def draws(module: nn.Module) -> bool:
-    """Whether its forward draws random numbers: dropout of adapters."""
-    return module.training and any(_drops(m) for m in module.modules())
-
-
-def _drops(module: nn.Module) -> bool:
-    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-    return isinstance(rate, float) and rate > 0
 
 
 def checkpointed(

@@ -8,6 +8,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Tier = Literal["memory", "host", "disk"]
+CHUNK_ROWS = 2048
+# Bytes of one chunk's float32 logits: 2,048 rows of 65,536 tokens, 1,046 of Llama 3's 128,256.
+CHUNK_BYTES = 512 << 20
+
+
+def chunk_rows_of(vocab_size: int, chunk_rows: int | None = None) -> int:
+    """Rows of a chunk of logits: what was asked for, else CHUNK_ROWS within CHUNK_BYTES."""
+    if chunk_rows is not None:
+        return max(chunk_rows, 1)
+    return max(min(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)), 1)
 
 
 class LongseqSection(BaseModel):

@@ -7,8 +7,8 @@
 
 Rows whose target is IGNORE (or that a mask leaves out) are dropped before their logits are
 computed. z comes from `ops.logits`, the kernel of the engine, on the weight packed once a call; the
-log-sum of `chunked_logprobs` is computed as `engine/sampler.py` does, so on the CPU a training
-log-prob is the engine's to the bit (rounded to float32).
+log-sum of `chunked_logprobs` is that of `engine/sampler.py` (`kernels.sampling.log_sum`), so on the
+CPU a training log-prob is the engine's to the bit (rounded to float32).
 
 A sum (cross entropy, KL) knows its gradient but for one factor, so its forward computes it while
 the logits are there, if and only if a gradient is asked for, and backward multiplies the gradients
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sterna.core.errors import KernelError
-from sterna.train.longseq.chunks import IGNORE as IGNORE
+from sterna.kernels.sampling import log_sum
 from sterna.train.longseq.chunks import (
     Gradients,
     Head,
@@ -328,11 +328,7 @@ def _shift_and_entropy(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sampler_shift(row: Any) -> tuple[float, float]:
-    """(shift of `engine.sampler.token_logprob`, entropy) of one row of float32 logits."""
-    top = row.max()
-    below = row - top
-    e = np.exp(below)
-    total = e.sum(dtype=np.float64)
-    log_sum = np.log(total)
-    mean = float(np.dot(e, below)) / float(total)
-    return float(top) + float(log_sum), float(log_sum) - mean
+    """(log-sum as the sampler takes it, entropy) of one row of float32 logits."""
+    found = log_sum(row)
+    mean = float(np.dot(found.weights, found.below)) / float(found.total)
+    return found.value, float(np.log(found.total)) - mean

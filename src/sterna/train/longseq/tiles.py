@@ -6,12 +6,14 @@ is what DDP and FSDP2 count on, and why ranks may cut their rows into different 
 (Sequence tiling: ALST, arXiv 2506.13996, 3.3; there the weights' gradients come tile by tile.)
 
 A row function maps tensors of T rows to one tensor of T rows, row by row. Integer inputs
-(positions) have no gradient.
+(positions) have no gradient. What it draws (dropout) is drawn again alike in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,6 +95,42 @@ def backward_tiles(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """Where the random numbers stand: of the CPU (5 KB) and, for its tensors, of a GPU."""
+
+    cpu: Tensor
+    device: torch.device | None
+    gpu: Tensor | None
+
+    @staticmethod
+    def now(like: Tensor) -> RandomState:
+        """The state that ops on tensors such as `like` draw from next."""
+        device = like.device if like.device.type == "cuda" else None
+        gpu = None if device is None else torch.cuda.get_rng_state(device)
+        return RandomState(torch.get_rng_state(), device, gpu)
+
+    def use(self) -> None:
+        """Draw from here on."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None and self.device is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
+@contextmanager
+def replayed(state: RandomState, like: Tensor) -> Iterator[None]:
+    """Within it, random numbers come again from `state`; after it, they go on as if nothing was.
+
+    `like`: a tensor where the ops run.
+    """
+    outer = RandomState.now(like)
+    state.use()
+    try:
+        yield
+    finally:
+        outer.use()
+
+
 class _Tiled(torch.autograd.Function):
     """`function` of rows; its weights are inputs of their own."""
 
@@ -102,6 +140,7 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         ctx.function, ctx.tile, ctx.num_inputs = function, tile, num_inputs
         ctx.save_for_backward(*tensors)
+        ctx.random = RandomState.now(tensors[0])
         return forward_tiles(function, tensors[:num_inputs], tile)
 
     @staticmethod
@@ -109,7 +148,8 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         inputs, weights = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
         sums = WeightSums(weights)
-        found = backward_tiles(ctx.function, inputs, grad, ctx.tile, sums)
+        with replayed(ctx.random, grad):
+            found = backward_tiles(ctx.function, inputs, grad, ctx.tile, sums)
         return (None, None, None, *found, *sums.take())
 
 

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sterna.core.errors import KernelError
+from sterna.data.pack import IGNORE
 from sterna.engine.sampler import token_logprob
 from sterna.kernels import ops
 from sterna.kernels.load import load_kernels
-from sterna.train.longseq import chunks, head
+from sterna.train.longseq import chunks, config, head
 
 T, D, V = 13, 6, 11
 F64 = 1e-12  # sums of a few hundred terms near 1
@@ -31,7 +32,7 @@ def rand(*shape, seed=0, dtype=torch.float64, grad=True):
 
 def some_targets(vocab=V, rows=T):
     targets = torch.arange(rows) * 7 % vocab
-    targets[[0, 4, 5, rows - 1]] = head.IGNORE
+    targets[[0, 4, 5, rows - 1]] = IGNORE
     return targets
 
 
@@ -61,7 +62,7 @@ def test_cross_entropy_and_its_gradients_equal_whole_logits(rows, softcap, scale
     options = {"softcap": softcap, "scale": scale, "bias": bias, "chunk_rows": rows}
     got = head.chunked_cross_entropy(hidden, weight, targets, **options)
     z = whole_logits(hidden, weight, bias, softcap, scale)
-    expected = F.cross_entropy(z, targets, ignore_index=head.IGNORE, reduction="sum")
+    expected = F.cross_entropy(z, targets, ignore_index=IGNORE, reduction="sum")
     assert abs(got - expected) < F64 * 100
     found = torch.autograd.grad(got * 0.37, leaves)
     wanted = torch.autograd.grad(expected * 0.37, leaves)
@@ -76,7 +77,7 @@ def test_every_head_op_passes_gradcheck(rows, softcap, scale, has_bias):
     bias = rand(V) if has_bias else None
     teacher = (rand(T, 4, grad=False), rand(V, 4, grad=False))
     options = {"softcap": softcap, "scale": scale, "chunk_rows": rows}
-    targets, mask = some_targets(), some_targets() != head.IGNORE
+    targets, mask = some_targets(), some_targets() != IGNORE
     starts = torch.tensor([0, 3, 3, T])
     inputs = (hidden, weight, *(() if bias is None else (bias,)))
 
@@ -100,7 +101,7 @@ def test_logprobs_entropy_and_sums_equal_whole_logits():
     hidden, weight, targets = rand(T, D), rand(V, D), some_targets()
     logprobs, entropy = head.chunked_logprobs(hidden, weight, targets, chunk_rows=4)
     log_p = (hidden @ weight.t()).log_softmax(1)
-    valid = targets != head.IGNORE
+    valid = targets != IGNORE
     expected = torch.where(valid, log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
     assert (logprobs - expected).abs().max() < F64
     plain = torch.where(valid, -(log_p.exp() * log_p).sum(1), 0.0)
@@ -158,7 +159,7 @@ def test_masked_rows_are_never_computed(monkeypatch, has_loss):
     monkeypatch.setattr(
         chunks.ops, "logits", lambda x, *rest: (seen.append(len(x)), real(x, *rest))[1]
     )
-    targets = torch.full((T,), head.IGNORE)
+    targets = torch.full((T,), IGNORE)
     if has_loss:
         targets[5:8] = 1
     hidden, weight = rand(T, D), rand(V, D)
@@ -201,7 +202,7 @@ def test_a_tied_weight_collects_both_gradients():
     ours = head.chunked_cross_entropy(weight[rows] * 1.5, weight, targets)
     grad = torch.autograd.grad(ours, weight)[0]
     z = (weight[rows] * 1.5) @ weight.t()
-    loss = F.cross_entropy(z, targets, ignore_index=head.IGNORE, reduction="sum")
+    loss = F.cross_entropy(z, targets, ignore_index=IGNORE, reduction="sum")
     assert (grad - torch.autograd.grad(loss, weight)[0]).abs().max() < F64 * 10
 
 
@@ -237,7 +238,7 @@ def test_a_target_beyond_the_vocabulary_is_refused():
 
 def test_a_chunk_never_exceeds_its_bytes():
     for vocab in (1_000, 49_152, 128_256, 10**9):
-        rows = chunks.chunk_rows_of(vocab)
-        assert 1 <= rows <= chunks.CHUNK_ROWS
-        assert rows == 1 or rows * vocab * 4 <= chunks.CHUNK_BYTES
-    assert chunks.chunk_rows_of(128_256, 7) == 7
+        rows = config.chunk_rows_of(vocab)
+        assert 1 <= rows <= config.CHUNK_ROWS
+        assert rows == 1 or rows * vocab * 4 <= config.CHUNK_BYTES
+    assert config.chunk_rows_of(128_256, 7) == 7
