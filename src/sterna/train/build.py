@@ -95,7 +95,13 @@ def build(
 
 
 def choose_task(recipe: Recipe) -> Task:
-    """The task of a recipe's kind and adapter."""
+    """The task of a recipe's kind and adapter; ConfigError for a kind whose task lives in align."""
+    if recipe.kind not in (*TASKS, "distill"):
+        raise ConfigError(
+            f"kind = {recipe.kind} compares answers; run it with `sterna train`, or pass "
+            "sterna.align.offline.task.choose_task(recipe)",
+            param="kind",
+        )
     if recipe.adapter is not None:
         return Lora(recipe.adapter)
     if recipe.kind == "distill":

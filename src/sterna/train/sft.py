@@ -19,6 +19,7 @@ from sterna.parallel.fsdp import full
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
+from sterna.train.rowloss import RowLoss
 from sterna.train.step import Loss, cross_entropy
 from sterna.train.task import Weights
 
@@ -38,7 +39,7 @@ class Sft:
             return load_hf(path, recipe.model.dtype, mesh.device)
         return load_model(path, recipe.model.dtype, mesh.device).decoder
 
-    def loss(self, recipe: Recipe) -> Loss:
+    def loss(self, recipe: Recipe) -> Loss | RowLoss:
         """Next-token cross entropy."""
         return partial(cross_entropy, chunk_rows=recipe.longseq.head_rows or None)
 
