@@ -74,13 +74,16 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
 
     load_kernels()
     job["libs"] = status("VmRSS")
-    config = parse_config({**job["config"], "architectures": ["LlamaForCausalLM"]}, "job")
-    decoder = Decoder(config, torch.bfloat16)
-    init_weights(decoder, 0)
+    if "model_type" in job["config"]:
+        decoder: Any = foreign_decoder(job)
+    else:
+        config = parse_config({**job["config"], "architectures": ["LlamaForCausalLM"]}, "job")
+        decoder = Decoder(config, torch.bfloat16)
+        init_weights(decoder, 0)
     decoder.requires_grad_(True).train()
     apply_longseq(decoder, LongseqSection(**job["longseq"]), Path(job["folder"]))
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, config.vocab_size, job["seq_len"]).astype(np.int32)
+    tokens = draw.integers(0, decoder.config.vocab_size, job["seq_len"]).astype(np.int32)
     pieces = np.split(tokens, range(job["document"], len(tokens), job["document"]))
     row = join(
         [Document(piece, np.append(piece[1:], -100).astype(np.int32), 0) for piece in pieces]
@@ -98,6 +101,19 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
         return done.loss
 
     return run
+
+
+def foreign_decoder(job: dict[str, Any]) -> Any:
+    """The model of a config with a model_type, behind transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sterna.model.hf import HFDecoder
+
+    config = AutoConfig.for_model(**job["config"])
+    with torch.device("meta"):
+        HFDecoder(AutoModelForCausalLM.from_config(config))  # imports the family's code
+    job["libs"] = status("VmRSS")
+    return HFDecoder(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
 
 
 def full_logits(model: Any, batch: Any, targets: torch.Tensor) -> torch.Tensor:

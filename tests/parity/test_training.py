@@ -32,6 +32,7 @@ MESHES = {
     "sp2": (2, {"sp": 2}),
     "sp2-replicated": (2, {"sp": 2, "shard": "none"}),
     "dp2": (2, {"dp": 2}),
+    "sp2-gathered": (2, {"sp": 2, "ulysses": 1}),
     "sp4": (4, {"sp": 4}),
     "sp4-gathered": (4, {"sp": 4, "ulysses": 1}),
     "sp4-mixed": (4, {"sp": 4, "ulysses": 2}),
@@ -120,6 +121,8 @@ CHOSEN = [
     ("sp4", "packed", "8/1"),
     ("sp4", "accumulate", "6/2"),
     ("sp4-gathered", "packed", "8/2"),
+    ("sp2-gathered", "one", "6/2"),
+    ("sp2-gathered", "empty-shard", "8/1"),
     ("dp2-sp2", "dp", "8/2"),
     ("dp2-sp2-replicated", "dp", "8/8"),
 ]
@@ -153,7 +156,7 @@ def test_tied_embeddings(ranks, mesh):
     check(ranks, mesh, "dp", tied=True)
 
 
-@pytest.mark.parametrize("mesh", ["sp4-mixed", "dp2-sp2"])
+@pytest.mark.parametrize("mesh", ["sp2-gathered", "sp4-mixed", "dp2-sp2"])
 def test_windows_softcaps_and_two_ropes(ranks, mesh):
     check(ranks, mesh, "dp", tied=True, num_hidden_layers=4, **GEMMA)
 

@@ -13,6 +13,7 @@ from sterna.core.errors import ConfigError, TrainError
 from sterna.train import verify as verify_module
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import Recipe
+from sterna.train.longseq.config import LongseqSection
 from sterna.train.trial import Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
 from sterna.train.verify import verify
@@ -61,6 +62,16 @@ def test_a_model_behind_transformers(folder):
     certificate = verify(recipe_of(folder, {"dp": 2}, backend="hf"))
     assert certificate.is_passed, certificate.text()
     assert certificate.dtype == "float32"
+
+
+def test_long_rows_and_adapters_of_a_model_behind_transformers(folder):
+    recipe = recipe_of(folder, {}, backend="hf").model_copy(
+        update={"longseq": LongseqSection(auto=True), "adapter": AdapterConfig(kind="dora", rank=4)}
+    )
+    certificate = verify(recipe)
+    assert certificate.is_passed, certificate.text()
+    assert [check.feature for check in certificate.checks] == ["trainer's step", "long rows", "all"]
+    assert "frugal end" in certificate.text()
 
 
 def test_a_difference_fails_and_is_named(folder, monkeypatch):

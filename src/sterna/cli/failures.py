@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,14 @@ EXIT_INTERRUPTED = 130
 
 
 def say_error(message: str) -> None:
-    """One line on stderr; line breaks inside the message are folded."""
+    """One line on stderr; line breaks inside the message are folded.
+
+    Under torchrun every rank has its own, and ranks but the first say who they are.
+    """
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    print(f"sterna: error: {line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "sterna" if rank == "0" else f"sterna: rank {rank}"
+    print(f"{who}: error: {line}", file=sys.stderr)
 
 
 def describe_usage_error(error: CycloptsError) -> str:

@@ -65,10 +65,10 @@ def plan(
         Print one JSON object.
     """
     from sterna.train import plan as planner
-    from sterna.train.memory import Job, Shape
+    from sterna.train.memory import Job
 
     setup_logging("WARNING")
-    shape = Shape.of(_config(model))
+    shape = _shape(model, dtype)
     machines = _machines(gpus, nodes, hbm, host_ram, disk, tflops)
     job = Job(
         seq_len, 2 if dtype == "bfloat16" else 4, states, master, micro_batches > 1,
@@ -85,15 +85,24 @@ def plan(
     return 1 if reasons else 0
 
 
-def _config(model: str) -> Any:
+def _shape(model: str, dtype: str) -> Any:
+    """The sizes of a native model, else of one behind transformers."""
+    from sterna.core.errors import UnsupportedModelError
     from sterna.model.hub import resolve_model
     from sterna.model.load import open_checkpoint
+    from sterna.train.foreign_shape import shape_of_folder
+    from sterna.train.memory import Shape
     from sterna.train.pretrain import read_config
 
     path = Path(model)
-    if model.endswith(".json") and path.is_file():
-        return read_config(path)
-    return open_checkpoint(resolve_model(model))[0]
+    is_config = model.endswith(".json") and path.is_file()
+    path = path if is_config else resolve_model(model)
+    try:
+        return Shape.of(read_config(path) if is_config else open_checkpoint(path)[0])
+    except UnsupportedModelError:
+        if path.suffix == ".gguf":
+            raise
+        return shape_of_folder(path, dtype)
 
 
 def _machines(

@@ -54,6 +54,10 @@ class ModelFileError(ModelError):
     exit_code = 4
 
 
+class DraftCacheError(ModelFileError):
+    """A file of past outputs that is damaged or belongs to another model; names the file."""
+
+
 class UnsupportedModelError(ModelError):
     """The file is sound but its architecture, tensor type or option is not supported."""
 
@@ -102,6 +106,12 @@ class NonFiniteError(TrainError):
     """The loss or a gradient is NaN or infinite."""
 
     code = "non_finite"
+
+
+class RewardError(TrainError):
+    """A reward raised, timed out or gave no finite number."""
+
+    code = "reward_error"
 
 
 class CheckpointError(TrainError):

@@ -34,6 +34,10 @@ class Whole:
     source: int
     where: str
 
+    def place(self, at: int) -> str:
+        """Where the piece from token `at` on comes from."""
+        return f"{self.where} from token {at}" if at else self.where
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -74,10 +78,16 @@ def mismatched(exchanges: Sequence[Exchange], at: int) -> Exchange | None:
     return None
 
 
-def fitted(exchanges: Sequence[Exchange], limit: int, bos: int | None) -> list[Exchange] | None:
-    """The exchanges with prompts short enough for `limit` tokens together; None if impossible."""
+def fitted(
+    exchanges: Sequence[Exchange], limit: int, each: int, bos: int | None
+) -> list[Exchange] | None:
+    """The exchanges with prompts short enough for `limit` tokens together and `each` for one.
+
+    None where that is impossible: the answers alone are too long.
+    """
     room = limit - sum(len(one.answer) for one in exchanges)
     longest = _longest(sorted(len(one.prompt) for one in exchanges), room)
+    longest = min(longest, each - max(len(one.answer) for one in exchanges))
     if longest < 1 + (bos is not None):
         return None
     return [Exchange(_cut(one.prompt, longest, bos), one.answer, one.targets) for one in exchanges]
@@ -101,13 +111,14 @@ def _cut(prompt: Ints, size: int, bos: int | None) -> Ints:
     return prompt[len(prompt) - size :]
 
 
-def side_by_side(exchanges: Sequence[Exchange], source: int, note: float) -> Document:
+def side_by_side(exchanges: Sequence[Exchange], whole: Whole, note: float) -> Document:
     """The exchanges as one document of as many sequences."""
     sizes = [one.size for one in exchanges]
     return Document(
         tokens=np.concatenate([part for one in exchanges for part in (one.prompt, one.answer)]),
         targets=np.concatenate([_shifted(one) for one in exchanges]),
-        source=source,
+        source=whole.source,
+        place=whole.where,
         borders=np.cumsum([0, *sizes[:-1]], dtype=np.int32),
         note=note,
     )
@@ -122,8 +133,10 @@ def _shifted(one: Exchange) -> Ints:
 class Answers:
     """Makes documents of answers; see the module."""
 
-    def __init__(self, data: DataConfig, bos: int | None) -> None:
+    def __init__(self, data: DataConfig, bos: int | None, each: int) -> None:
+        """`each`: tokens of one sequence at most; all of a document have data.seq_len."""
         self._data = data
+        self._each = each
         self._bos = bos
 
     def documents(
@@ -165,19 +178,20 @@ class Answers:
         limit = self._data.seq_len
         every = [*exchanges, other] if other is not None else exchanges
         size = sum(one.size for one in exchanges)
-        if size > limit:
+        if size > limit or max(one.size for one in exchanges) > self._each:
             counts.of["too_long"] += 1
             self._check(whole, size)
-        if size > limit and self._data.too_long == "drop":
-            return None
-        found = fitted(every, limit, self._bos) or fitted(exchanges, limit, self._bos)
+            if self._data.too_long == "drop":
+                return None
+        rest = (limit, self._each, self._bos)
+        found = fitted(every, *rest) or fitted(exchanges, *rest)
         if found is None:
             counts.of["unfitting"] += 1
             answers = sum(len(one.answer) for one in exchanges)
             message = f"{whole.where}: answers of {answers:,} tokens do not fit seq_len = {limit:,}"
             counts.bad_rows.append(message)
             return None
-        return side_by_side(found, whole.source, note)
+        return side_by_side(found, whole, note)
 
     def _check(self, whole: Whole, size: int) -> None:
         if self._data.too_long == "fail":

@@ -28,6 +28,19 @@ class Counts:
         self.of.update(other.of)
         self.bad_rows.extend(other.bad_rows[: self.NAMED - len(self.bad_rows)])
 
+    def lost(self) -> str:
+        """`of 32 rows 5 malformed, 3 documents too long, 1 without a target`; empty if none is."""
+        names = {
+            "bad_rows": "malformed",
+            "too_long": "documents too long",
+            "untrained": "without a target",
+            "unfitting": "with answers beyond seq_len",
+            "identical": "pairs of one answer",
+            "undesirable": "undesirable",
+        }
+        lost = [f"{self.of[key]:,} {name}" for key, name in names.items() if self.of[key]]
+        return f"of {self.of['rows']:,} rows {', '.join(lost)}" if lost else ""
+
     @property
     def fill(self) -> float:
         """The share of the packed rows' capacity that holds tokens (1.0 before any row)."""

@@ -10,6 +10,7 @@ from typing import Any
 from sterna.core.errors import RowError
 
 Row = Mapping[str, Any]
+_CONTENTS = {"tool_calls", "reasoning_content"}  # what a message without content may consist of
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ def answered(conversation: Conversation) -> Conversation:
     """The conversation; RowError when it has no answer."""
     if not any(message.get("role") == "assistant" for message in conversation.messages):
         raise RowError("no message has the role assistant, so there is nothing to train")
+    for i, message in enumerate(conversation.messages):
+        if message.get("content") is None and not message.keys() & _CONTENTS:
+            raise RowError(f"messages[{i}] has no content and no tool_calls")
     return conversation
 
 

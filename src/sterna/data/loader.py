@@ -63,16 +63,18 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         part: str = "train",
+        max_document: int | None = None,
     ) -> None:
         """`part`: "train", or "held_out" for the rows that `data.held_out` keeps from training.
 
+        `max_document`: positions the model has; longer documents are too long (data.too_long).
         Raises DataError for sources that cannot be read or are empty.
         """
         assert 0 <= rank < world
         self._data = data
         self._rank, self._world = rank, world
         self._sources = open_sources(data, part)
-        self._maker = DocumentMaker(data, self._sources, tokenizer)
+        self._maker = DocumentMaker(data, self._sources, tokenizer, max_document)
         self._mixer = Mixer(self._sources, data)
         self._identity = _identity(data, self._sources, tokenizer, part)
         self._place = self._mixer.start
@@ -168,7 +170,8 @@ class Loader:
         named = f"; the first: {counts.bad_rows[0]}" if counts.bad_rows else ""
         return DataError(
             f"none of {of['rows']:,} rows gives a document to train on: {of['bad_rows']:,} are "
-            f"malformed, {of['too_long']:,} too long, {of['untrained']:,} have no target{named}"
+            f"malformed, {of['too_long']:,} too long, {of['untrained']:,} have no target{named}; "
+            "mend the rows, raise data.seq_len, or see data.train_on"
         )
 
     def state_dict(self) -> dict[str, Any]:

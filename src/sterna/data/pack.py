@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,14 +33,16 @@ class Document:
     """One tokenised document of n tokens, already shifted.
 
     `tokens` int32 [n]; `targets` int32 [n]: the document's next token where it is trained, else
-    IGNORE; `source` is the index of its source in the settings. It may hold several sequences that
-    are only of use together (two answers to compare): `borders` int32 are their starts, the first
-    of which is 0, and `note` is what the row says of them (a margin, a label).
+    IGNORE; `source` is the index of its source in the settings; `place` its file and line or row.
+    It may hold several sequences that are only of use together (two answers to compare): `borders`
+    int32 are their starts, the first of which is 0, and `note` is what the row says of them (a
+    margin, a label).
     """
 
     tokens: Ints
     targets: Ints
     source: int
+    place: str = ""
     borders: Ints = field(default_factory=lambda: WHOLE)
     note: float = 0.0
 
@@ -52,7 +54,8 @@ class PackedRow:
     `tokens` int32 [T]; `targets` int32 [T], already shifted, never across sequences, IGNORE where
     not trained; `positions` int32 [T], from 0 in every sequence; `starts` int32 [S + 1], the
     borders (starts[0] = 0, starts[-1] = T); `sources`, of each document (NO_SOURCE = filler);
-    `counts` and `notes`, its number of sequences and its note (empty: one sequence each, no note).
+    `counts` and `notes`, its number of sequences and its note (empty: one sequence each, no note);
+    `places`, of each document, as `chats.jsonl:17`, for messages.
     """
 
     tokens: Ints
@@ -60,6 +63,7 @@ class PackedRow:
     positions: Ints
     starts: Ints
     sources: tuple[int, ...]
+    places: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
     notes: tuple[float, ...] = ()
 
@@ -80,6 +84,7 @@ def join(documents: Sequence[Document]) -> PackedRow:
         positions=np.arange(ends[-1], dtype=np.int32) - np.repeat(starts[:-1], np.diff(starts)),
         starts=starts,
         sources=tuple(document.source for document in documents),
+        places=tuple(document.place for document in documents),
         counts=tuple(len(document.borders) for document in documents),
         notes=tuple(document.note for document in documents),
     )
@@ -89,14 +94,15 @@ def documents_of(row: PackedRow) -> list[Document]:
     """The documents of a row again, without fillers."""
     counts = row.counts or (1,) * len(row.sources)
     notes = row.notes or (0.0,) * len(row.sources)
+    places = row.places or ("",) * len(row.sources)
     found, at = [], 0
-    for source, count, note in zip(row.sources, counts, notes, strict=True):
+    for source, count, note, place in zip(row.sources, counts, notes, places, strict=True):
         borders = row.starts[at : at + count]
         part = slice(int(borders[0]), int(row.starts[at + count]))
         at += count
         if source != NO_SOURCE:
             tokens, targets = row.tokens[part], row.targets[part]
-            found.append(Document(tokens, targets, source, borders - borders[0], note))
+            found.append(Document(tokens, targets, source, place, borders - borders[0], note))
     return found
 
 
@@ -104,7 +110,7 @@ def sequences_of(document: Document) -> list[Document]:
     """Each sequence of a document as one of its own."""
     ends = [*document.borders.tolist(), len(document.tokens)]
     return [
-        Document(document.tokens[a:b], document.targets[a:b], document.source, WHOLE, document.note)
+        replace(document, tokens=document.tokens[a:b], targets=document.targets[a:b], borders=WHOLE)
         for a, b in pairwise(ends)
     ]
 

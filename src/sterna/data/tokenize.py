@@ -49,8 +49,16 @@ class _Read:
 class DocumentMaker:
     """Rows to documents for one model and one set of settings. Threads may share it."""
 
-    def __init__(self, data: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        max_document: int | None = None,
+    ) -> None:
+        """`max_document`: tokens of a document at most, where that is less than seq_len."""
         self._data = data
+        self._limit = min(data.seq_len, max_document or data.seq_len)
         self._sources = sources
         self._tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer)
@@ -61,7 +69,7 @@ class DocumentMaker:
         ]
         self._before, self._after = _around(tokenizer)
         self._end = _document_end(tokenizer, data.document_end)
-        self._answers = Answers(data, tokenizer.bos_token_id)
+        self._answers = Answers(data, tokenizer.bos_token_id, self._limit)
         for source in sources:
             source.check_tokenizer(tokenizer.fingerprint)
             if source.is_tokens and data.rows != "text":
@@ -198,13 +206,14 @@ class DocumentMaker:
         first of the next.
         """
         tokens, targets = whole.tokens, whole.targets
-        size = self._data.seq_len
+        size = self._limit
         starts = [0]
         if len(tokens) > size:
             counts.of["too_long"] += 1
             starts = self._cut(whole)
         pieces = [
-            Document(tokens[at : at + size], targets[at : at + size], whole.source) for at in starts
+            Document(tokens[at : at + size], targets[at : at + size], whole.source, whole.place(at))
+            for at in starts
         ]
         kept = [piece for piece in pieces if np.any(piece.targets != IGNORE)]
         counts.of["untrained"] += len(pieces) - len(kept)
@@ -217,12 +226,14 @@ class DocumentMaker:
         length = len(whole.tokens)
         match self._data.too_long:
             case "fail":
+                is_short = self._limit < self._data.seq_len
+                limit = "the model's positions are" if is_short else "seq_len is"
                 raise DataError(
-                    f"{whole.where}: has {length:,} tokens, seq_len is {self._data.seq_len:,}; "
-                    'raise seq_len or set too_long = "truncate", "drop" or "split"'
+                    f"{whole.where}: has {length:,} tokens, {limit} {self._limit:,}; raise that or "
+                    'set too_long = "truncate", "drop" or "split"'
                 )
             case "split":
-                return list(range(0, length, self._data.seq_len))
+                return list(range(0, length, self._limit))
             case "truncate":
                 return [0]
             case _:

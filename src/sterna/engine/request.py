@@ -70,6 +70,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # top candidates a token, 0 = only the chosen one
     prompt_logprobs: int | None = None
+    # raw: of the model's own softmax; processed: of what is drawn from (temperature, top_k, top_p,
+    # min_p; of the plain softmax where greedy), as policy gradients need it
+    logprobs_mode: Literal["raw", "processed"] = "raw"
     structured: StructuredSpec | None = None
     skip_special_tokens: bool = True
 
@@ -88,7 +91,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural log, fp32 softmax of the raw logits) of one chosen token."""
+    """Log-probability (natural log) of one chosen token, by default of the raw logits' softmax."""
 
     token_id: int
     logprob: float

@@ -23,6 +23,7 @@ from sterna.engine.memory import SizedModel
 from sterna.engine.request import TokenLogprob
 from sterna.engine.sampler import token_logprob
 from sterna.engine.scheduler import Chunk
+from sterna.kernels.pages import discard, restore
 from sterna.model.batch import Batch, KVView
 
 if TYPE_CHECKING:
@@ -195,6 +196,18 @@ class Runner:
         """Zero blocks. NaN left behind would survive a masked softmax: 0 * NaN is NaN."""
         for layer in self.layers if blocks else ():
             layer[torch.tensor(blocks, device=layer.device)] = 0
+
+    def discard_cache(self) -> int:
+        """Give the cache's memory back while no sequence holds a block; returns the bytes.
+
+        On a CPU the next step takes it again by itself; on CUDA call `restore_cache` before.
+        """
+        return sum(discard(layer) for layer in self.layers)
+
+    def restore_cache(self) -> None:
+        """Take back what `discard_cache` gave; the cache is zeros."""
+        for layer in self.layers:
+            restore(layer)
 
     @torch.inference_mode()
     def run_probe(self, num_tokens: int) -> None:

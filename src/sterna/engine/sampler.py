@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from sterna.core.errors import RequestError, StepError, SternaError
 from sterna.engine.request import SamplingParams, TokenLogprob
 from sterna.engine.rng import uniform
-from sterna.kernels.sampling import Draw, draw, log_sum
+from sterna.kernels.sampling import Draw, draw
+from sterna.kernels.scores import PLAIN, Distribution, score
 
 # Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
 GREEDY_BELOW = 1e-5
@@ -98,17 +99,33 @@ def sample(
     return [_sample_row(logits[row], plan, drawn.get(i)) for i, (row, plan) in jobs]
 
 
+def chosen_logprob(
+    raw: NDArray[np.float32], params: SamplingParams, token_id: int
+) -> TokenLogprob | None:
+    """What the request wants to know of the token's probability. raw: [V], as the model gave it."""
+    if params.logprobs is None:
+        return None
+    if params.logprobs_mode == "raw" or is_greedy(params):
+        return token_logprob(raw, token_id, params.logprobs)
+    drawn_from = Distribution(params.temperature, params.top_k, params.top_p, params.min_p)
+    scores = score(raw[None], np.array([token_id], np.int32), [drawn_from])
+    return TokenLogprob(token_id, float(scores.logprobs[0]), _rank(raw, token_id))
+
+
 def token_logprob(row: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob:
     """Log-probability and rank of `token_id` in raw logits [V], with the `num_top` best."""
-    shift = log_sum(row).value
-    chosen = row[token_id]
-    best = _largest(row, num_top)
+    scores = score(row[None], np.array([token_id], np.int32), [PLAIN])
+    top_logit, log_sum = row.max(), float(scores.log_sums[0])
     return TokenLogprob(
         token_id=token_id,
-        logprob=float(chosen) - shift,
-        rank=1 + int(np.count_nonzero(row > chosen)),
-        top=tuple((int(i), float(row[i]) - shift) for i in best),
+        logprob=float(scores.logprobs[0]),
+        rank=_rank(row, token_id),
+        top=tuple((int(i), float(row[i] - top_logit) - log_sum) for i in _largest(row, num_top)),
     )
+
+
+def _rank(row: NDArray[np.float32], token_id: int) -> int:
+    return 1 + int(np.count_nonzero(row > row[token_id]))
 
 
 def _sample_greedy(logits: NDArray[np.float32], rows: Sequence[int]) -> list[Sampled]:
@@ -145,8 +162,7 @@ def _sample_row(raw: NDArray[np.float32], plan: RowPlan, drawn: int | None) -> S
         if row is None:
             return Sampled(-1, error=_nothing_left())
         token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
-    num_top = plan.params.logprobs
-    return Sampled(token_id, None if num_top is None else token_logprob(raw, token_id, num_top))
+    return Sampled(token_id, chosen_logprob(raw, plan.params, token_id))
 
 
 def _process(raw: NDArray[np.float32], plan: RowPlan) -> NDArray[np.float32] | None:

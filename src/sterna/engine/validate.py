@@ -38,6 +38,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     _check_numbers(params)
     _check_counts(params)
     _check_texts(params)
+    _check_logprobs(params)
     for name in ("allowed_token_ids", "stop_token_ids", "logit_bias"):
         _check_ids(name, list(getattr(params, name)), vocab_size)
     for token_id, bias in params.logit_bias.items():
@@ -137,6 +138,28 @@ def _check_counts(p: SamplingParams) -> None:
             f"min_tokens is {p.min_tokens}, more than max_tokens ({p.max_tokens}); lower it",
             param="min_tokens",
         )
+
+
+def _check_logprobs(p: SamplingParams) -> None:
+    """A processed log-prob is one that a trainer can compute again, of logits and four numbers."""
+    if p.logprobs_mode == "raw" or p.logprobs is None:
+        return
+    others = {
+        "logprobs (0 is served: of the chosen token)": p.logprobs > 0,
+        "penalties": p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0,
+        "logit_bias": p.logit_bias,
+        "allowed_token_ids": p.allowed_token_ids,
+        "bad_words": p.bad_words,
+        "min_tokens": p.min_tokens,
+        "structured output": p.structured,
+    }
+    for name, is_set in others.items():
+        if is_set:
+            raise RequestError(
+                f"logprobs_mode is processed, which does not go with {name}; leave that out, or "
+                "ask for raw ones",
+                param="logprobs_mode",
+            )
 
 
 def _check_texts(p: SamplingParams) -> None:

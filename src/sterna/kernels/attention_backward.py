@@ -112,8 +112,8 @@ def _group(
 
 def _tiles(n: int, group: int, itemsize: int) -> Any:
     """(a, b) of the query tiles, each within TILE_ROWS and, against n keys, TILE_BYTES."""
-    most = max(1, TILE_BYTES // (group * n * itemsize))
-    size = min(TILE_ROWS, most)
+    most = TILE_BYTES // max(1, group * n * itemsize)
+    size = max(1, min(TILE_ROWS, most))
     return ((a, min(a + size, n)) for a in range(0, n, size))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from sterna.core.errors import ConfigError
@@ -29,9 +31,10 @@ def check_device(name: str) -> None:
 def set_threads(threads: int) -> None:
     """Use `threads` CPU threads for kernels and PyTorch; 0 = all that this process may use.
 
-    More than that many would wait for each other, minutes a step: they are not started.
+    More than that many would wait for each other, minutes a step: they are not started. Processes
+    that torchrun started on this machine (LOCAL_WORLD_SIZE) share the CPUs for the same reason.
     """
-    usable = num_usable_cpus()
+    usable = max(1, num_usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if threads > usable:
         _log.warning("threads is %d, this process may use %d CPUs: taking these", threads, usable)
     count = min(threads or usable, usable)

@@ -1,7 +1,8 @@
 """Chooses the back end of every op and says why.
 
 `STERNA_KERNELS` forces a level: reference, cpu, triton or cuda. Unset, the best available is
-taken; a missing C++ extension costs one warning and speed, never correctness.
+taken: C++ on the CPU, and Triton's attention on a CUDA device. A missing C++ extension costs one
+warning and speed, a missing Triton the memory of S x S scores; neither costs correctness.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sterna.core.errors import KernelError
 from sterna.core.log import get_logger
 from sterna.core.lookup import unknown
 from sterna.kernels.optable import OPS, library
+from sterna.kernels.triton import backend as triton
 
 LEVELS = ("reference", "cpu", "triton", "cuda")
 _EXTENSION = "sterna.kernels._cpu"
@@ -35,10 +37,11 @@ class OpBackend:
 
 @dataclass(frozen=True, slots=True)
 class LoadedKernels:
-    """The level in use ("reference" or "cpu") and the reason."""
+    """The level in use ("reference", "cpu" or "triton") and the reason; what CUDA tensors run."""
 
     level: str
     why: str
+    cuda: str = "reference"
 
 
 def load_kernels(level: str | None = None) -> LoadedKernels:
@@ -79,18 +82,43 @@ def _load_once(asked: str | None) -> LoadedKernels:
 def _choose(asked: str | None) -> LoadedKernels:
     if asked == "reference":
         return LoadedKernels("reference", "asked for")
-    if asked in ("triton", "cuda"):
+    if asked == "cuda":
         raise KernelError(
-            f"kernel level {asked!r} is not part of this version; a CUDA device runs the "
-            "reference ops (leave STERNA_KERNELS unset)"
+            "kernel level 'cuda' is not part of this version; a CUDA device runs Triton's "
+            "attention and the reference's other ops (leave STERNA_KERNELS unset)"
         )
-    fault = _register_cpu()
+    if asked == "triton":
+        return _only_triton()
+    fault, cuda = _register_cpu(), _register_cuda() if asked is None else "reference"
     if fault is None:
-        return LoadedKernels("cpu", "best available" if asked is None else "asked for")
+        return LoadedKernels("cpu", "best available" if asked is None else "asked for", cuda)
     if asked == "cpu":
         raise KernelError(f"kernel level 'cpu' asked, but {fault}")
     _log.warning("%s; running the slow reference kernels", fault)
-    return LoadedKernels("reference", fault)
+    return LoadedKernels("reference", fault, cuda)
+
+
+def _only_triton() -> LoadedKernels:
+    """Triton wherever it can run, the reference for all else."""
+    fault = triton.missing()
+    if fault is None and not (triton.is_interpreted() or torch.cuda.is_available()):
+        fault = "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    if fault is not None:
+        raise KernelError(f"kernel level 'triton' asked, but {fault}")
+    triton.register("cpu" if triton.is_interpreted() else "cuda")
+    return LoadedKernels("triton", "asked for", "triton")
+
+
+def _register_cuda() -> str:
+    """Triton's kernels for CUDA tensors, if there can be any; says what these run."""
+    if not torch.cuda.is_available():
+        return "reference"
+    fault = triton.missing()
+    if fault is not None:
+        _log.warning("%s; attention on CUDA holds S x S scores", fault)
+        return "reference"
+    triton.register("cuda")
+    return "triton"
 
 
 def _register_cpu() -> str | None:
@@ -107,7 +135,10 @@ def _register_cpu() -> str | None:
 
 
 def _describe_op(name: str, loaded: LoadedKernels) -> OpBackend:
+    is_apart = name in triton.OPS and loaded.cuda != "reference"
+    on_cuda = f"; on CUDA {loaded.cuda}" if is_apart else ""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"sterna::{name}", "CPU"):
-        return OpBackend(name, "cpu", loaded.why)
-    why = loaded.why if loaded.level == "reference" else "the C++ back end has no kernel for it"
-    return OpBackend(name, "reference", why)
+        backend = "triton" if loaded.level == "triton" else "cpu"
+        return OpBackend(name, backend, loaded.why + on_cuda)
+    why = loaded.why if loaded.level != "cpu" else "the C++ back end has no kernel for it"
+    return OpBackend(name, "reference", why + on_cuda)

@@ -1,14 +1,13 @@
-"""Log-sums of rows, and native draws from logits: the fast path of `engine/sampler.py`.
+"""Native draws from logits: the fast path of `engine/sampler.py`, which is its reference.
 
-Not ops of the table: they run on numpy rows after the forward and have no gradient. Draws agree
-with `engine/sampler.py`, their reference, but where a probability lies within rounding of a border.
+Not an op of the table: it runs on numpy rows after the forward and has no gradient. Draws agree
+with the reference but where a probability lies within rounding of a border.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,27 +25,6 @@ class Draw:
     top_p: float
     min_p: float
     uniform: float  # in [0, 1)
-
-
-class LogSum(NamedTuple):
-    """The log-sum-exp of a row of logits z [V], and what it was made of."""
-
-    value: float  # log of sum exp z: a log-prob is z[token] - value
-    below: NDArray[np.float32]  # z - max
-    weights: NDArray[np.float32]  # exp(z - max)
-    total: np.float64  # their sum
-
-
-def log_sum(row: NDArray[np.float32]) -> LogSum:
-    """float32 exp, a float64 sum: the one place that sampler and training take log-probs from.
-
-    That is why both have the same bits.
-    """
-    top = row.max()
-    below = row - top
-    weights = np.exp(below)
-    total = weights.sum(dtype=np.float64)
-    return LogSum(float(top) + float(np.log(total)), below, weights, total)
 
 
 def draw(logits: NDArray[np.float32], draws: Sequence[Draw]) -> list[int] | None:

@@ -29,12 +29,16 @@ class Distribution(NamedTuple):
     min_p: float = 0.0
 
 
+PLAIN = Distribution()
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Of R rows."""
 
     logprobs: NDArray[np.float64]  # [R]; -inf where the token was left out, NaN for a broken row
     entropies: NDArray[np.float64]  # [R]
+    log_sums: NDArray[np.float64]  # [R]: log sum exp(z - max z)
     probs: NDArray[np.float32] | None = None  # [R, V], 0 where a token was left out
 
 
@@ -72,11 +76,11 @@ def _native(
     columns = np.broadcast_to(np.array(distributions, np.float64), (count, 4))
     floats = np.ascontiguousarray(columns[:, [0, 2, 3]].T, np.float32)
     top_k = columns[:, 1].astype(np.int32)
-    out = np.empty((2, count))
-    addresses = (logits, rows, ids, floats[0], top_k, floats[1], floats[2], out[0], out[1])
+    out = np.empty((3, count))
+    addresses = (logits, rows, ids, floats[0], top_k, floats[1], floats[2], *out)
     probs = logits.ctypes.data if wants_probs else 0
     kernels.score(*(a.ctypes.data for a in addresses), probs, count, vocab)
-    return Scores(out[0], out[1], logits if wants_probs else None)
+    return Scores(out[0], out[1], out[2], logits if wants_probs else None)
 
 
 def reference_score(
@@ -87,18 +91,18 @@ def reference_score(
 ) -> Scores:
     """`score` in numpy, row by row."""
     each = list(distributions) * (len(logits) if len(distributions) == 1 else 1)
-    out = np.empty((2, len(logits)))
+    out = np.empty((3, len(logits)))
     for i, (row, token, distribution) in enumerate(zip(logits, chosen, each, strict=True)):
         p, z = weights(row, distribution)
         total = p.sum(dtype=np.float64)
         is_kept = p > 0
         weighted = np.dot(p[is_kept], z[is_kept])
         log_sum = np.log(total)
-        out[:, i] = (float(z[token]) - log_sum if is_kept[token] else -np.inf), 0.0
-        out[1, i] = log_sum - float(weighted) / total
+        logprob = float(z[token]) - log_sum if is_kept[token] else -np.inf
+        out[:, i] = logprob, log_sum - float(weighted) / total, log_sum
         if wants_probs:
             row[:] = p / total
-    return Scores(out[0], out[1], logits if wants_probs else None)
+    return Scores(out[0], out[1], out[2], logits if wants_probs else None)
 
 
 def weights(

@@ -34,6 +34,8 @@ KEY = "sterna"  # of transformers' attention registry
 # What models pass to attention functions besides; none of these changes a causal result.
 _HARMLESS = {"position_ids", "output_attentions", "output_router_logits", "use_cache"}
 _HARMLESS |= {"return_dict", "cache_position", "layer_idx", "logits_to_keep"}
+# H, G, C, scale, window (0 = none), softcap (0 = none)
+AttentionOptions = tuple[int, int, int, float, int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,37 @@ class HFConfig:
     hf: Any  # transformers' own config
 
 
+class Captured(Exception):
+    """What attention was given, while `AttentionContext.captures`."""
+
+    def __init__(self, qkv: Tensor, options: AttentionOptions) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.options = options
+
+
 @dataclass(slots=True)
-class _Context:
-    """What attention needs beyond its arguments; one per model instance."""
+class AttentionContext:
+    """What attention needs beyond its arguments; one per model instance.
+
+    `captures` and `given` cut a layer in two (train/longseq/foreign.py): attention raises what it
+    was given, or returns `given` [t, H * C] whatever it was given.
+    """
 
     starts: Tensor | None = None
     plan: ParallelPlan | None = None
     num_calls: int = 0
     num_windowed: int = 0
+    captures: bool = False
+    given: Tensor | None = None
+
+    def attend(self, qkv: Tensor, starts: Tensor, options: AttentionOptions) -> Tensor:
+        """qkv [t, (H + 2G) * C] of this rank's tokens -> [t, H * C]."""
+        self.num_calls += 1
+        self.num_windowed += bool(options[4])
+        if self.plan is None:
+            return ops.attention(qkv, starts, *options)
+        return self.plan.attend(qkv, starts, *options, ops.attention)
 
 
 class HFDecoder(nn.Module):
@@ -64,12 +89,16 @@ class HFDecoder(nn.Module):
     def __init__(self, model: Any) -> None:
         """UnsupportedModelError for a kind whose packed attention is known not to be causal."""
         super().__init__()
+        from transformers import AttentionInterface
+
         from sterna.model.hf_checks import refuse_known
 
         refuse_known(model)
         self.model = model
-        self._context = _Context()
-        _redirect(model, self._context)
+        self.context = AttentionContext()
+        AttentionInterface.register(KEY, _attend)
+        model.config._attn_implementation = KEY
+        redirect(model, self.context)
         self.config = _config(model)
         self.dtype = next(model.parameters()).dtype
         self.eval()
@@ -97,7 +126,7 @@ class HFDecoder(nn.Module):
 
     def set_parallel(self, plan: ParallelPlan | None) -> None:
         """Training batches are slices of rows from now on, spread as `plan` says."""
-        self._context.plan = plan
+        self.context.plan = plan
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
@@ -109,8 +138,8 @@ class HFDecoder(nn.Module):
         from sterna.model.hf_checks import refuse_mixed_longrope
 
         refuse_mixed_longrope(self.config.hf, batch.context_lens)
-        self._context.starts, self._context.num_calls = batch.query_starts, 0
-        self._context.num_windowed = 0
+        self.context.starts, self.context.num_calls = batch.query_starts, 0
+        self.context.num_windowed = 0
         output = self.model.base_model(
             input_ids=batch.tokens[None].long(),
             position_ids=batch.positions[None].long(),
@@ -156,9 +185,9 @@ class HFDecoder(nn.Module):
         self.model.save_pretrained(folder, state_dict=dict(self.tensors()))
 
     def _check_calls(self) -> None:
-        if self._context.num_calls != self.config.num_hidden_layers:
+        if self.context.num_calls != self.config.num_hidden_layers:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: {self._context.num_calls} of "
+                f"{type(self.model).__name__}: {self.context.num_calls} of "
                 f"{self.config.num_hidden_layers} layers attend through transformers' registry; "
                 "the others would attend across documents, so the model is refused"
             )
@@ -194,16 +223,12 @@ def load_hf(
     return decoder
 
 
-def _redirect(model: Any, context: _Context) -> None:
-    """Send every attention of this instance through `_attend`."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(KEY, _attend)
-    model.config._attn_implementation = KEY
-    for module in model.modules():
-        module.sterna_context = context
-        if type(module).__name__ == "FalconAttention":
-            module.forward = falcon_forward(module, _attend)
+def redirect(module: Any, context: AttentionContext) -> None:
+    """Send every attention inside `module` through `_attend`, with this context."""
+    for inner in module.modules():
+        inner.sterna_context = context
+        if type(inner).__name__ == "FalconAttention":
+            inner.forward = falcon_forward(inner, _attend)
 
 
 def _config(model: Any) -> HFConfig:
@@ -231,20 +256,18 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention: query [1, H, T, C], key, value [1, G, T, C] -> [1, T, H, C]."""
-    context: _Context = module.sterna_context
+    context: AttentionContext = module.sterna_context
     _refuse_arguments(module, query, value, attention_mask, dropout, others)
-    assert context.starts is not None
-    context.num_calls += 1
-    context.num_windowed += bool(sliding_window)
     heads = (query.shape[1], key.shape[1], query.shape[3])
+    if context.given is not None:
+        return context.given.view(1, -1, heads[0], heads[2]), None
+    assert context.starts is not None
     qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).flatten(1).contiguous()
     scale = heads[2] ** -0.5 if scaling is None else float(scaling)
     options = (*heads, scale, sliding_window or 0, float(softcap or 0.0))
-    if context.plan is None:
-        out = ops.attention(qkv, context.starts, *options)
-    else:
-        out = context.plan.attend(qkv, context.starts, *options, ops.attention)
-    return out.view(1, -1, heads[0], heads[2]), None
+    if context.captures:
+        raise Captured(qkv, options)
+    return context.attend(qkv, context.starts, options).view(1, -1, heads[0], heads[2]), None
 
 
 def _refuse_arguments(

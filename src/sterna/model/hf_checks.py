@@ -84,7 +84,7 @@ def prove(decoder: Any) -> None:
     window = getattr(decoder.config.hf, "sliding_window", None) or 0
     lengths = (window + 5, 6) if 0 < window < _LONGEST_PROBE else _PROBE
     lengths = tuple(min(n, decoder.config.hf.max_position_embeddings) for n in lengths)
-    batch = _probe(lengths, decoder.config.vocab_size, decoder.device)
+    batch = probe(lengths, decoder.config.vocab_size, decoder.device)
     hidden = decoder.hidden(batch)
     _check_windows(decoder)
     logits = decoder.logits(hidden)
@@ -104,7 +104,8 @@ def prove(decoder: Any) -> None:
             )
 
 
-def _probe(lengths: tuple[int, ...], vocab_size: int, device: torch.device) -> Batch:
+def probe(lengths: tuple[int, ...], vocab_size: int, device: torch.device) -> Batch:
+    """Random tokens of documents of these lengths, side by side."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -118,10 +119,10 @@ def _check_windows(decoder: Any) -> None:
     config = decoder.config.hf
     kinds = list(getattr(config, "layer_types", None) or ())
     sliding = sum(kind == "sliding_attention" for kind in kinds)
-    if sliding > decoder._context.num_windowed:
+    if sliding > decoder.context.num_windowed:
         raise UnsupportedModelError(
             f"{type(decoder.model).__name__} has {sliding} sliding-window layers, but only "
-            f"{decoder._context.num_windowed} name their window; the others would see too far"
+            f"{decoder.context.num_windowed} name their window; the others would see too far"
         )
 
 

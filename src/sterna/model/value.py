@@ -25,12 +25,12 @@ from sterna.core.errors import ModelFileError, UnsupportedModelError
 from sterna.kernels import ops
 from sterna.kernels.load import load_kernels
 from sterna.model.batch import Batch
-from sterna.model.config import ModelConfig, as_token_ids, parse_config
+from sterna.model.config import as_token_ids, parse_config
 from sterna.model.decoder import Decoder
 from sterna.model.families import FAMILIES
 from sterna.model.hf import HFDecoder, load_hf
 from sterna.model.hf_weights import SafetensorsSource
-from sterna.model.load import DTYPES, load_model
+from sterna.model.load import DTYPES, DTypeName, load_model
 from sterna.model.save import hf_config, save_tensors
 from sterna.model.weights import assign, export
 from sterna.parallel.fsdp import full
@@ -41,80 +41,77 @@ _OWN_NAMES = {"Gemma3ForCausalLM": "Gemma3Text" + _SUFFIX}  # where the prefix d
 
 
 class ValueModel(nn.Module):
-    """A trunk and `score`, Linear(D, 1) without bias."""
+    """A trunk and `score` [1, D]. The trunk's output head goes: it is neither trained nor saved."""
 
-    def __init__(self, trunk: Decoder | HFDecoder, seed: int = 0) -> None:
-        """A fresh score of scores of about 1 (std 1 / sqrt(D + 1), arXiv 2009.01325).
-
-        The trunk's output head goes: it is neither trained nor saved.
-        """
+    def __init__(self, trunk: Decoder | HFDecoder) -> None:
         super().__init__()
         _drop_head(trunk)
         self.trunk = trunk
-        self.config: Any = trunk.config
         size = int(trunk.config.hidden_size)
-        draw = torch.Generator().manual_seed(seed)
-        weight = torch.randn(1, size, generator=draw) / (size + 1) ** 0.5
-        self.score = nn.Linear(size, 1, bias=False, device="meta")
-        self.score.weight = nn.Parameter(weight.to(trunk.device))
+        # Zero: a fresh critic expects nothing, and a fresh reward model prefers nothing.
+        self.score = nn.Parameter(torch.zeros(1, size, device=trunk.device))
+
+    @property
+    def config(self) -> Any:
+        """The trunk's."""
+        return self.trunk.config
 
     def values(self, batch: Batch) -> Tensor:
-        """float32 [T], or [R] of batch.output_rows."""
-        return self.values_of(self.trunk.hidden(batch))
-
-    def values_of(self, hidden: Tensor) -> Tensor:
-        """hidden [R, D] -> float32 [R]."""
-        return ops.logits(hidden.float(), self.score.weight, 1)[:, 0]
+        """float32: one number a token [T], or for each of batch.output_rows [R]."""
+        return ops.logits(self.trunk.hidden(batch).float(), self.score, 1)[:, 0]
 
     def head_weight(self) -> Tensor:
         """[1, D]: what the hidden states are multiplied with."""
-        return self.score.weight
+        return self.score
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.score.weight.device
+        return self.score.device
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names and whole tensors."""
-        if isinstance(self.trunk, Decoder):
-            yield from export(self.trunk, self.trunk.config.family.hf_names)
-        else:
-            head = {id(parameter) for parameter in _own_head(self.trunk)}
-            for name, parameter in self.trunk.model.named_parameters():
-                if id(parameter) not in head:
-                    yield name, full(parameter.detach()).contiguous()
-        yield SCORE, self.score.weight.detach().contiguous()
 
-    def hf_config(self) -> dict[str, Any]:
-        """config.json of the sequence classification folder."""
-        if isinstance(self.trunk, Decoder):
-            config = hf_config(self.trunk)
-            config["tie_word_embeddings"] = self.trunk.config.hf.get("tie_word_embeddings", False)
-            architecture = _classifier_name(self.trunk.config)
-        else:
-            config = self.trunk.model.config.to_dict()
-            architecture = _foreign_name(self.trunk)
-        pads_with_eos = config.get("pad_token_id") in as_token_ids(config.get("eos_token_id"))
-        return {
-            **config,
-            "architectures": [architecture],
-            "id2label": {"0": "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-            "pad_token_id": None if pads_with_eos else config.get("pad_token_id"),
-        }
+def value_tensors(model: ValueModel) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, whole tensor): the trunk without its LM head, and the score."""
+    trunk = model.trunk
+    if isinstance(trunk, Decoder):
+        yield from export(trunk, trunk.config.family.hf_names)
+    else:
+        head = {id(parameter) for parameter in _own_head(trunk)}
+        for name, parameter in trunk.model.named_parameters():
+            if id(parameter) not in head:
+                yield name, full(parameter.detach()).contiguous()
+    yield SCORE, model.score.detach().contiguous()
+
+
+def value_hf_config(model: ValueModel) -> dict[str, Any]:
+    """The config.json of a value model; see the module."""
+    trunk = model.trunk
+    if isinstance(trunk, Decoder):
+        config = hf_config(trunk)
+        config["tie_word_embeddings"] = trunk.config.hf.get("tie_word_embeddings", False)
+        architecture = _classifier(trunk.config.family.architecture)
+    else:
+        config, architecture = trunk.model.config.to_dict(), _foreign_name(trunk)
+    pads_with_eos = config.get("pad_token_id") in as_token_ids(config.get("eos_token_id"))
+    return {
+        **config,
+        "architectures": [architecture],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": None if pads_with_eos else config.get("pad_token_id"),
+    }
 
 
 def save_value_model(model: ValueModel, folder: Path) -> None:
     """Write the Hugging Face folder; OSError for a full disk."""
-    save_tensors(model.tensors(), model.hf_config(), folder)
+    save_tensors(value_tensors(model), value_hf_config(model), folder)
 
 
 def load_value_model(
     path: Path,
-    dtype: str = "float32",
+    dtype: DTypeName = "bfloat16",
     device: torch.device | str = "cpu",
-    seed: int = 0,
     backend: str = "native",
 ) -> ValueModel:
     """A value model's folder, or any language model with a fresh score.
@@ -127,20 +124,19 @@ def load_value_model(
         trunk: Any = (
             load_hf(path, dtype, device)
             if backend == "hf"
-            else load_model(path, dtype, device).decoder  # type: ignore[arg-type]
+            else load_model(path, dtype, device).decoder
         )
-        return ValueModel(trunk, seed)
+        return ValueModel(trunk)
     _check_labels(path)
-    model = ValueModel(
-        load_hf(path, dtype, device) if backend == "hf" else _native_trunk(path, dtype, device)
-    )
+    is_foreign = backend == "hf"
+    model = ValueModel((load_hf if is_foreign else _native_trunk)(path, dtype, device))
     weight = SafetensorsSource(path).read(SCORE, torch.float32)
-    if weight.shape != model.score.weight.shape:
+    if weight.shape != model.score.shape:
         raise ModelFileError(
             f"{path}: {SCORE} has shape {tuple(weight.shape)}, the config asks for "
-            f"{tuple(model.score.weight.shape)}"
+            f"{tuple(model.score.shape)}"
         )
-    model.score.weight.data.copy_(weight)
+    model.score.data.copy_(weight)
     return model
 
 
@@ -169,7 +165,7 @@ def _check_labels(path: Path) -> None:
         )
 
 
-def _native_trunk(path: Path, dtype: str, device: torch.device) -> Decoder:
+def _native_trunk(path: Path, dtype: DTypeName, device: torch.device) -> Decoder:
     load_kernels()
     values = _read_config(path)
     classifier = str(values["architectures"][0])
@@ -189,10 +185,6 @@ def _native_trunk(path: Path, dtype: str, device: torch.device) -> Decoder:
 def _classifier(architecture: str) -> str:
     default = architecture.removesuffix("ForCausalLM") + _SUFFIX
     return _OWN_NAMES.get(architecture, default)
-
-
-def _classifier_name(config: ModelConfig) -> str:
-    return _classifier(config.family.architecture)
 
 
 def _foreign_name(trunk: HFDecoder) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sterna.core.errors import ConfigError
 from sterna.parallel.mesh import Axis
-from sterna.parallel.ulysses import chunk_sizes
+from sterna.parallel.ring import chunk_sizes
 
 IGNORE = -100
 B = TypeVar("B")  # a flat batch; a type variable since parallel/ lies below model/

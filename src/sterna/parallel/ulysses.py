@@ -6,8 +6,9 @@ heads" into "all tokens, my heads" and another turns the outputs back. Whatever 
 whole documents, so packing, windows and softcaps stay the model's own.
 
 Heads beyond the limit. Only Pu = gcd(P, query heads) ranks can share heads evenly. The other factor
-Pr = P / Pu gathers keys and values: rank (r, u) attends with the queries of segment r over all keys
-of head group u (ring.py). sp rank = r * Pu + u, so a segment is contiguous.
+Pr = P / Pu gathers keys and values: rank (r, u) holds the queries of segment r for head group u,
+and the ranks of a ring share the work of all queries evenly (ring.py). sp rank = r * Pu + u, so a
+segment is contiguous.
 
 Few key/value heads. Group u has query heads [u * Hu, (u + 1) * Hu) and gets the kv heads these
 need, repeated where two groups need the same; the gradient of the repetition sums the copies.
@@ -28,16 +29,10 @@ from torch import Tensor
 from sterna.core.errors import ConfigError
 from sterna.parallel.collectives import all_gather, all_to_all
 from sterna.parallel.mesh import Axis, Mesh, sub_axis
-from sterna.parallel.ring import attend_range
+from sterna.parallel.ring import attend_balanced, chunk_sizes
 
 # (qkv [S, (H + 2G) * C], query_starts, H, G, C, scale, window, softcap) -> [S, H * C]
 Attend = Callable[..., Tensor]
-
-
-def chunk_sizes(total: int, parts: int) -> list[int]:
-    """Tokens of each sp rank: the first `total % parts` ranks have one more."""
-    base, extra = divmod(total, parts)
-    return [base + (i < extra) for i in range(parts)]
 
 
 def heads_degree(axis_size: int, num_heads: int, asked: int | None = None) -> int:
@@ -151,8 +146,7 @@ class ParallelPlan:
         q, kv = torch.split(qkv, [num_heads, 2 * num_kv_heads], dim=1)
         lengths = [sum(self._segment(sizes, r)) for r in range(self.ring.size)]
         k, v = all_gather(kv, self.ring, lengths).chunk(2, dim=1)
-        first = sum(lengths[: self.ring.rank])
-        return attend_range(q, k, v, first, query_starts.tolist(), *rest)
+        return attend_balanced(q, k, v, lengths, self.ring, query_starts.tolist(), *rest)
 
     def _to_tokens(self, out: Tensor, sizes: list[int]) -> Tensor:
         """[tokens of my segment, Hu * C] -> [t, H * C]."""

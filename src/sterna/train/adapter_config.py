@@ -23,8 +23,8 @@ class AdapterConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, in training")
     targets: tuple[str, ...] = Field(
         (ALL_LINEAR,),
-        description="Hugging Face names of the weights, such as q_proj, v_proj; all-linear = every "
-        "projection of the blocks",
+        description="Hugging Face names of the weights, such as q_proj, or patterns, such as "
+        "*.0.mlp.*; all-linear = every projection of the blocks",
     )
     layers: tuple[int, ...] = Field((), description="indices of the blocks; empty = all")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sterna.core.errors import ConfigError, ModelFileError, UnsupportedModelError
 from sterna.core.rundir import write_atomic
-from sterna.model.decoder import Decoder
 from sterna.parallel.fsdp import full
 from sterna.train.adapter import (
+    AnyDecoder,
     adaptable,
     adapted_modules,
     finish_adapter,
@@ -31,6 +31,7 @@ from sterna.train.adapter import (
     place_part,
 )
 from sterna.train.adapter_config import AdapterConfig
+from sterna.train.adapter_foreign import is_transposed
 from sterna.train.adapter_modules import AdapterPart
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,7 +40,7 @@ _PREFIX = "base_model.model."
 _ROLES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 _PLAIN: Mapping[str, tuple[Any, ...]] = {  # keys of PEFT that must be unset, and how that looks
     "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
+    "fan_in_fan_out": (None, False, True),  # PEFT notes Conv1D here; the module says it too
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "lora_bias": (None, False),
@@ -55,7 +56,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {  # keys of PEFT that must be unset, an
 }
 
 
-def save_adapter(decoder: Decoder, folder: Path, base_model: str = "") -> None:
+def save_adapter(decoder: AnyDecoder, folder: Path, base_model: str = "") -> None:
     """Write the adapter of `decoder` to `folder`; `base_model` is noted in the config.
 
     Each file appears whole. ConfigError when there is no adapter.
@@ -64,7 +65,7 @@ def save_adapter(decoder: Decoder, folder: Path, base_model: str = "") -> None:
         write_atomic(folder / name, content)
 
 
-def adapter_files(decoder: Decoder, base_model: str = "") -> dict[str, bytes]:
+def adapter_files(decoder: AnyDecoder, base_model: str = "") -> dict[str, bytes]:
     """File name -> content of an adapter's files. ConfigError when there is no adapter.
 
     Of an adapter that is cut over ranks, every rank calls it.
@@ -79,7 +80,7 @@ def adapter_files(decoder: Decoder, base_model: str = "") -> dict[str, bytes]:
     }
 
 
-def load_adapter(decoder: Decoder, folder: Path) -> AdapterConfig:
+def load_adapter(decoder: AnyDecoder, folder: Path) -> AdapterConfig:
     """Put the adapter of a folder on `decoder`, ready to train on or to merge; returns its config.
 
     Raises ModelFileError for a missing, damaged or unfitting file, UnsupportedModelError for an
@@ -116,7 +117,7 @@ def _tensors(parts: list[AdapterPart]) -> dict[str, Tensor]:
     return tensors
 
 
-def _peft_config(decoder: Decoder, parts: list[AdapterPart], base_model: str) -> dict[str, Any]:
+def _peft_config(decoder: AnyDecoder, parts: list[AdapterPart], base_model: str) -> dict[str, Any]:
     first = parts[0]
     ranks = {p.span.name: p.rank for p in parts if p.rank != first.rank}
     alphas = {p.span.name: _number(p.alpha) for p in parts if p.alpha != first.alpha}
@@ -132,7 +133,7 @@ def _peft_config(decoder: Decoder, parts: list[AdapterPart], base_model: str) ->
         "use_rslora": is_rslora,
         "use_dora": first.magnitude is not None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_transposed(m.base) for _, m in adapted_modules(decoder)),
         "init_lora_weights": True,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -144,7 +145,7 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _named_targets(decoder: Decoder) -> dict[str, Any]:
+def _named_targets(decoder: AnyDecoder) -> dict[str, Any]:
     """target_modules (short names where every named layer has them) and layers_to_transform."""
     by_layer: dict[int, set[str]] = {}
     for name, module in adapted_modules(decoder):

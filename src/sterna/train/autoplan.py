@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sterna.core.errors import TrainError
 from sterna.core.log import get_logger
 from sterna.core.machine import available_memory_bytes
+from sterna.model.hf import HFDecoder
 from sterna.parallel.collectives import total
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.memory import Job, Layout, Shape, estimate
 from sterna.train.parts import Parts
 from sterna.train.plan import GIB, MEMORY_ERROR, ladder, replan
@@ -25,7 +25,7 @@ def is_chosen(settings: LongseqSection) -> bool:
     return bool(settings.model_dump(exclude_defaults=True, exclude={"auto", "folder"}))
 
 
-def chosen(recipe: Recipe, config: Any, mesh: Mesh, shards: int) -> LongseqSection:
+def chosen(recipe: Recipe, shape: Shape, mesh: Mesh, shards: int) -> LongseqSection:
     """The fastest rung whose predicted peak fits into the memory that is free now.
 
     The most frugal one, with a warning, when none does. All ranks call it and choose alike, by the
@@ -34,8 +34,7 @@ def chosen(recipe: Recipe, config: Any, mesh: Mesh, shards: int) -> LongseqSecti
     job, sp = job_of(recipe), mesh.sp.size
     mine = torch.tensor(free_memory(recipe.model.device), dtype=torch.float64, device=mesh.device)
     free = float(total(mine, mesh.data, "min"))
-    shape = Shape.of(config)
-    rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1))
+    rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1, shape.has_experts))
     for settings in rungs:
         peak = estimate(shape, job, settings, Layout(sp, shards)).peak * (1 + MEMORY_ERROR)
         if peak <= free:
@@ -91,7 +90,9 @@ def more_frugal(parts: Parts, error: BaseException) -> Recipe | None:
     recipe, shards = parts.recipe, parts.shards.size
     if not recipe.longseq.auto or not is_out_of_memory(error):
         return None
-    found = replan(recipe.longseq, recipe.model.device != "cpu", True, shards > 1)
+    has_experts = isinstance(parts.model, HFDecoder) and bool(experts_of(parts.model))
+    is_gpu = recipe.model.device != "cpu"
+    found = replan(recipe.longseq, is_gpu, True, shards > 1, has_experts)
     if found is None:
         return None
     said = found.model_dump(exclude_defaults=True, exclude={"auto", "folder"})

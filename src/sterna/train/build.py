@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 
 from sterna.core.errors import ConfigError
+from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
+from sterna.data.config import DataConfig
 from sterna.data.loader import Loader
 from sterna.data.pack import PackedRow
 from sterna.kernels.device import check_device, set_threads
+from sterna.model.hf import HFConfig
 from sterna.model.hub import resolve_model
 from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.text.save import tokenizer_files
@@ -37,12 +40,13 @@ from sterna.train.resume import find_source
 from sterna.train.routines import Checkpoints, Evaluation
 from sterna.train.schedule import horizon
 from sterna.train.sft import Sft
-from sterna.train.spread import spread, use_longseq
+from sterna.train.spread import shards_of, spread, use_longseq
 from sterna.train.step import TrainStep
 from sterna.train.task import Task
 from sterna.train.trackers import MLflow, TensorBoard, Wandb, has_tensorboard
 from sterna.train.trainer import Trainer
 
+_log = get_logger(__name__)
 TASKS: dict[str, type[Task]] = {"sft": Sft, "pretrain": Pretrain}
 
 
@@ -66,10 +70,11 @@ def build(
     model = task.build(recipe, mesh, source)
     tokenizer = load_tokenizer(_tokenizer_path(recipe))
     _check_vocabulary(tokenizer, model)
+    positions = _positions(recipe, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    recipe = use_longseq(model, recipe, mesh, shards_of(recipe.parallel, mesh).size)
     shards = spread(model, recipe.parallel, mesh)
-    recipe = use_longseq(model, recipe, mesh, shards.size)
     weights = trained(model)
     return Trainer(
         Parts(
@@ -82,8 +87,8 @@ def build(
             step=_new_step(recipe, mesh, model, task, shards.size > 1),
             optimizer=AdamW(weights, recipe.optim, recipe.run.seed),
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            loader=Loader(recipe.data, tokenizer, rank=mesh.dp.rank, world=mesh.dp.size),
-            eval_rows=_eval_rows(recipe, tokenizer, mesh),
+            loader=_loader(recipe.data, tokenizer, mesh, "train", positions),
+            eval_rows=_eval_rows(recipe, tokenizer, mesh, positions),
             flops=FlopCounter(model),
             peak_flops=_peak_flops(recipe, model, mesh),
             hooks=(*task.hooks(recipe), *_builtin_hooks(recipe, mesh, generate), *hooks),
@@ -149,14 +154,37 @@ def _check_vocabulary(tokenizer: Tokenizer, model: Any) -> None:
         )
 
 
-def _eval_rows(recipe: Recipe, tokenizer: Tokenizer, mesh: Mesh) -> list[PackedRow]:
+def _positions(recipe: Recipe, model: Any) -> int | None:
+    """Positions the model has, which no document may exceed; None = as many as are asked for."""
+    positions: int | None = getattr(model.config, "num_positions", None)
+    if isinstance(model.config, HFConfig):
+        positions = getattr(model.config.hf, "max_position_embeddings", None)
+    if positions is not None and positions < recipe.data.seq_len:
+        _log.warning(
+            "data.seq_len is %d, the model has %d positions: longer documents are too long (data."
+            "too_long = %s); for more, raise max_position_embeddings in the model's config.json",
+            recipe.data.seq_len, positions, recipe.data.too_long,
+        )  # fmt: skip
+    return positions
+
+
+def _loader(
+    data: DataConfig, tokenizer: Tokenizer, mesh: Mesh, part: str, positions: int | None
+) -> Loader:
+    dp = mesh.dp
+    return Loader(data, tokenizer, rank=dp.rank, world=dp.size, part=part, max_document=positions)
+
+
+def _eval_rows(
+    recipe: Recipe, tokenizer: Tokenizer, mesh: Mesh, positions: int | None
+) -> list[PackedRow]:
     """This rank's held-out rows, read once: every eval is on the same."""
     data = recipe.eval.data or (recipe.data if recipe.data.held_out else None)
     if data is None:
         return []
     part = "train" if recipe.eval.data is not None else "held_out"
     count = -(-recipe.eval.max_rows // mesh.dp.size)
-    with Loader(data, tokenizer, rank=mesh.dp.rank, world=mesh.dp.size, part=part) as loader:
+    with _loader(data, tokenizer, mesh, part, positions) as loader:
         return list(islice(loader, count))
 
 

@@ -96,6 +96,22 @@ class OptimSection(Section):
     )
 
 
+class LossSection(Section):
+    """What is added to the cross entropy in training; evals are without."""
+
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the target's weight spread over all tokens (arXiv 1512.00567)",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="times log-sum-exp of the logits squared (arXiv 2204.02311); 1e-4 is usual",
+    )
+
+
 class ScheduleSection(Section):
     """The learning rate over the steps."""
 
@@ -185,6 +201,7 @@ class Recipe(Section):
     )
     model: ModelSection = ModelSection()
     data: DataConfig
+    loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     run: RunSection = RunSection()
@@ -204,3 +221,9 @@ class Recipe(Section):
     parallel: ParallelConfig = Field(
         default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"
     )
+
+    @model_validator(mode="after")
+    def _loss_is_used(self) -> Recipe:
+        if self.kind == "distill" and self.loss != LossSection():
+            raise ValueError("[loss] is of sft and pretrain; kind = distill has a loss of its own")
+        return self

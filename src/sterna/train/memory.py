@@ -42,10 +42,16 @@ class Shape:
     is_tied: bool
     gates: int = 2  # matrices before the activation: gate and up, or up alone
     positions: int = 0  # rows of the rope tables
+    counted_block: int = 0  # weights of a block and of the tables where they were counted, as of
+    counted_tables: int = 0  # models behind transformers (foreign_shape.py); 0 = by these sizes
+    # Numbers a token that autograd keeps of transformers' code before and after attention, which is
+    # more than of native ops (longseq/foreign_graph.py); None = native
+    graph: tuple[int, int] | None = None
+    has_experts: bool = False  # rows meet experts, so the half after attention is not tiled
 
     @staticmethod
     def of(config: Any) -> Shape:
-        """From a ModelConfig."""
+        """From a ModelConfig; for models behind transformers see foreign_shape.py."""
         return Shape(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size,
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
@@ -66,13 +72,15 @@ class Shape:
     @property
     def block_weights(self) -> int:
         """Weights of one block, norms included."""
+        if self.counted_block:
+            return self.counted_block
         matrices = self.qkv + self.attention + (self.gates + 1) * self.inner
         return self.hidden * (matrices + 2)
 
     @property
     def table_weights(self) -> int:
         """Weights of the embedding and, where it has its own, of the head."""
-        return self.vocab * self.hidden * (1 if self.is_tied else 2)
+        return self.counted_tables or self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
     def weights(self) -> int:
@@ -171,6 +179,10 @@ def _saved(shape: Shape, job: Job, settings: LongseqSection, tokens: int) -> tup
 def _graph_width(shape: Shape, settings: LongseqSection) -> int:
     """Numbers a token that autograd keeps of a block: the inputs of its ops."""
     d, q, o, i = shape.hidden, shape.qkv, shape.attention, shape.inner
+    if shape.graph is not None:
+        own_front, own_back = shape.graph
+        front = d if settings.attention_tile else own_front
+        return front + q + o + (d if settings.mlp_tile else own_back)
     front = d if settings.attention_tile else 2 * d + q  # norm, qkv, rotation
     back = d + o if settings.mlp_tile else o + 2 * d + i  # out, norm, gate and up, down
     return front + q + back
@@ -197,6 +209,10 @@ def _block(shape: Shape, job: Job, settings: LongseqSection, tokens: int, layout
     front = min(settings.attention_tile or tokens, tokens)
     inner = shape.gates * i
     tile = b * max(mlp * (inner + 3 * i + 6 * d + o), front * (2 * q + 4 * d))
+    if shape.graph is not None:
+        own_front, own_back = shape.graph
+        back = own_front + own_back + inner + 2 * d + o  # back computes the front once more
+        tile = b * max(mlp * back, front * (own_front + 2 * q + 2 * d))
     sums = (4.0 + 3 * b) * shape.block_weights  # float32 sums, a tile's gradients, the result
     ring = 2.0 * row * (q + o) if layout.sp > 1 else 0.0
     partial = 8.0 * tokens * shape.heads * -(-shape.head_dim // 32) * 32

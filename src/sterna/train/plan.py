@@ -72,13 +72,17 @@ class Refusal:
     reasons: tuple[str, ...]
 
 
-def ladder(is_gpu: bool, has_disk: bool, sharded: bool) -> Iterator[LongseqSection]:
-    """Settings from the fastest to the most frugal."""
+def ladder(
+    is_gpu: bool, has_disk: bool, sharded: bool, has_experts: bool = False
+) -> Iterator[LongseqSection]:
+    """Settings from the fastest to the most frugal; mlp_tile is refused where rows meet experts."""
+    mlp = 0 if has_experts else TILE
     yield _rung()
     yield _rung(checkpoint=True)
-    yield _rung(checkpoint=True, mlp_tile=TILE)
-    yield _rung(checkpoint=True, mlp_tile=TILE, attention_tile=TILE)
-    least = _rung(checkpoint=True, mlp_tile=TILE, attention_tile=TILE, head_rows=512)
+    if mlp:
+        yield _rung(checkpoint=True, mlp_tile=mlp)
+    yield _rung(checkpoint=True, mlp_tile=mlp, attention_tile=TILE)
+    least = _rung(checkpoint=True, mlp_tile=mlp, attention_tile=TILE, head_rows=512)
     yield least
     if is_gpu:
         yield least.model_copy(update={"tier": "host"})
@@ -107,7 +111,7 @@ def plan(shape: Shape, job: Job, machines: Machines) -> Plan | Refusal:
     nearest: Plan | None = None
     for sp in _degrees(shape, machines.world):
         shards = machines.world
-        for settings in ladder(machines.is_gpu, machines.disk > 0, shards > 1):
+        for settings in ladder(machines.is_gpu, machines.disk > 0, shards > 1, shape.has_experts):
             found = _plan_of(shape, job, machines, settings, Layout(sp, shards))
             if not _lacks(found, machines):
                 return found
@@ -118,10 +122,14 @@ def plan(shape: Shape, job: Job, machines: Machines) -> Plan | Refusal:
 
 
 def replan(
-    settings: LongseqSection, is_gpu: bool, has_disk: bool, sharded: bool
+    settings: LongseqSection,
+    is_gpu: bool,
+    has_disk: bool,
+    sharded: bool,
+    has_experts: bool = False,
 ) -> LongseqSection | None:
     """The next more frugal rung after `settings`; None at the end. A folder is kept."""
-    rungs = list(ladder(is_gpu, has_disk, sharded))
+    rungs = list(ladder(is_gpu, has_disk, sharded, has_experts))
     bare = settings.model_copy(update={"folder": None, "auto": False})
     at = rungs.index(bare) if bare in rungs else _rung_like(rungs, bare)
     if at + 1 >= len(rungs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
     ConfigError when a new run would write into an old one's folder or a resumed one has changed
     in more than FREE; CheckpointError for another number of ranks.
     """
+    _check_writable(recipe.run.output)
     folder = recipe.run.output / "checkpoints"
     found = _tidied(folder) if mesh.is_main else None
     newest: Path | None = broadcast_object(found, mesh.data)
@@ -71,6 +73,19 @@ def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
             f"the recipe differs from that of {folder}: {named}. Only {', '.join(free)} may "
             "change; restore it, or start a new run with model.path = that checkpoint",
         )
+
+
+def _check_writable(output: Path) -> None:
+    """ConfigError when the run's folder cannot be made, long before the model is read."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(0, "no permission to write there")
+    except OSError as error:
+        raise ConfigError(
+            f"run.output {output} cannot be a run's folder: {error.strerror}; give another",
+            param="run.output",
+        ) from error
 
 
 def _tidied(folder: Path) -> Path | None:

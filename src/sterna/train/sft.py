@@ -40,8 +40,9 @@ class Sft:
         return load_model(path, recipe.model.dtype, mesh.device).decoder
 
     def loss(self, recipe: Recipe) -> Loss | RowLoss:
-        """Next-token cross entropy."""
-        return partial(cross_entropy, chunk_rows=recipe.longseq.head_rows or None)
+        """Next-token cross entropy, smoothed and with z-loss where the recipe says so."""
+        rows = recipe.longseq.head_rows or None
+        return partial(cross_entropy, chunk_rows=rows, **recipe.loss.model_dump())
 
     def weights(self, model: nn.Module) -> Weights:
         """The Hugging Face folder of the model."""

@@ -4,50 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from sterna.core.errors import ConfigError
-from sterna.model.decoder import Decoder
+from sterna.model.hf import HFDecoder
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import shard_model
 from sterna.parallel.mesh import Axis, Mesh
 from sterna.parallel.ulysses import plan_attention
 from sterna.train.autoplan import chosen, is_chosen
 from sterna.train.config import Recipe
+from sterna.train.foreign_shape import foreign_shape
 from sterna.train.longseq.apply import apply_longseq
-from sterna.train.longseq.config import LongseqSection
+from sterna.train.memory import Shape
+
+
+def shards_of(config: ParallelConfig, mesh: Mesh) -> Axis:
+    """The axis over which `spread` cuts one weight; of size 1 where each rank keeps all of it."""
+    return Axis("whole") if mesh.data.size == 1 or config.shard == "none" else mesh.data
 
 
 def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     """Prepare `model` for its rank, in place; does nothing on one rank. All ranks call it.
 
-    Returns the axis over which one weight's shards lie, of size 1 where each rank has all of it.
-    ConfigError for a parallel.ulysses that the heads do not allow.
+    Returns `shards_of` the mesh. ConfigError for a parallel.ulysses that the heads do not allow.
     """
     plan = plan_attention(mesh, int(model.config.num_attention_heads), config.ulysses)
     if plan is not None:
         model.set_parallel(plan)
-    if mesh.data.size == 1 or config.shard == "none":
-        return Axis("whole")
-    shard_model(model, list(model.layers), mesh)
-    return mesh.data
+    shards = shards_of(config, mesh)
+    if shards.size > 1:
+        shard_model(model, list(model.layers), mesh)
+    return shards
 
 
 def use_longseq(model: Any, recipe: Recipe, mesh: Mesh, num_shards: int) -> Recipe:
     """Switch on the recipe's checkpoints and tiles; the recipe with what longseq.auto chose.
 
-    All ranks call it. ConfigError for a model behind transformers, or for what FSDP2 does not
-    allow.
+    All ranks call it, before `spread`. ConfigError for what FSDP2 does not allow,
+    UnsupportedModelError for a model behind transformers whose layers cannot be proven to work in
+    tiles.
     """
     settings = recipe.longseq
-    if settings.auto and not is_chosen(settings) and isinstance(model, Decoder):
-        settings = chosen(recipe, model.config, mesh, num_shards)
+    if settings.auto and not is_chosen(settings):
+        settings = chosen(recipe, _shape_of(model), mesh, num_shards)
         recipe = recipe.model_copy(update={"longseq": settings})
-    if settings == LongseqSection.model_validate({"head_rows": settings.head_rows}):
-        return recipe
-    if not isinstance(model, Decoder):
-        raise ConfigError(
-            "[longseq] checkpoints, tiles and auto are those of native models; this one runs "
-            "behind transformers. Leave them out, or choose a model of a native family",
-            param="longseq",
-        )
-    apply_longseq(model, settings, recipe.run.output, num_shards > 1)
+    if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
+        apply_longseq(model, settings, recipe.run.output, num_shards > 1)
     return recipe
+
+
+def _shape_of(model: Any) -> Shape:
+    return foreign_shape(model) if isinstance(model, HFDecoder) else Shape.of(model.config)

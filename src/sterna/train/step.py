@@ -58,12 +58,20 @@ Sums = tuple[Tensor, Tensor | None]
 
 
 def cross_entropy(
-    model: TrainModel, batch: Batch, targets: Tensor, *, chunk_rows: int | None = None
+    model: TrainModel,
+    batch: Batch,
+    targets: Tensor,
+    *,
+    chunk_rows: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Next-token cross entropy, summed over valid targets.
 
     Logits exist for `chunk_rows` rows at a time, None = as many as the head's byte limit allows.
+    Label smoothing and z-loss belong to training: without gradients (an eval) they are left out.
     """
+    is_training = torch.is_grad_enabled()
     return chunked_cross_entropy(
         model.hidden(batch),
         model.head_weight(),
@@ -71,6 +79,8 @@ def cross_entropy(
         softcap=float(getattr(model.config, "logits_softcap", 0.0)),
         bias=model.head_bias(),
         chunk_rows=chunk_rows,
+        label_smoothing=label_smoothing if is_training else 0.0,
+        z_loss=z_loss if is_training else 0.0,
     )
 
 

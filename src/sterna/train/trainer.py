@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sterna.core.errors import NonFiniteError
+from sterna.core.errors import ConfigError, NonFiniteError
 from sterna.core.log import get_logger
+from sterna.core.rundir import FolderLock
 from sterna.data.pack import PackedRow
-from sterna.parallel.collectives import total
+from sterna.parallel.collectives import broadcast_object, gather_objects, total
 from sterna.parallel.mesh import close_mesh
 from sterna.train.baddump import dump_rows, name_rows
 from sterna.train.checkpoint import newest, publish
@@ -50,6 +51,7 @@ class Trainer:
         self._checkpointer = Checkpointer(
             self.output / "checkpoints", parts.recipe.checkpoint, parts.mesh, self._saved
         )
+        self._lock = FolderLock(self.output)
         self._saved_step = -1
         self._data_seconds = 0.0
         self._started = 0.0
@@ -106,9 +108,9 @@ class Trainer:
         self._checkpointer.wait()
         what = f"loss {loss.loss}" if not np.isfinite(loss.loss) else f"gradient norm {self._norm}"
         raise NonFiniteError(
-            f"step {step + 1}: {what} in {self._name(rows, loss.bad_micro)}; its tokens are in "
-            f"{dump}, the state before it in {newest(self._checkpointer.parent)}; remove the "
-            "sample or lower optim.lr, then continue with --resume"
+            f"step {step + 1}: {what} in {self._name(rows, loss.bad_micro)}; the step's rows are "
+            f"in {dump}, the state before it in {newest(self._checkpointer.parent)}; mend the "
+            "sample or lower optim.lr, then start a new run with model.path = that checkpoint"
         )
 
     def update_weights(self, loss: StepLoss) -> None:
@@ -195,14 +197,22 @@ class Trainer:
             hook.on_save(self, folder)
 
     def _name(self, rows: Sequence[PackedRow], micro: int | None) -> str:
-        """Where the rows of a micro-batch (None: of the step) come from."""
-        size = self.recipe.run.micro_rows
+        """The documents of the micro-batch at fault, or of the step, of every rank at fault.
+
+        The n-th row of rank r is row n * dp + r of the stream. All ranks call it.
+        """
+        size, dp = self.recipe.run.micro_rows, self.mesh.dp
         low, high = (0, len(rows)) if micro is None else (micro * size, (micro + 1) * size)
-        sources = [source.path for source in self.recipe.data.sources]
-        return name_rows(rows[low:high], sources, self.counters.num_rows + low)
+        first = self.counters.num_rows + low * dp.size + dp.rank
+        own = (micro is not None, name_rows(rows[low:high], first, dp.size))
+        found = gather_objects(own, self.mesh.data)
+        at_fault = [name for is_bad, name in found if is_bad] or [name for _, name in found]
+        return "; ".join(dict.fromkeys(at_fault))
 
     def finish(self) -> TrainResult:
         """Save the end, write the final model, tell the hooks."""
+        if self.mesh.is_main and (lost := self.parts.loader.counts.lost()):
+            _log.warning("data: %s", lost)
         self.save()
         self._checkpointer.wait()
         latest = newest(self._checkpointer.parent)
@@ -235,6 +245,15 @@ class Trainer:
             publish(latest, self.output / "adapter")
 
     def __enter__(self) -> Trainer:
+        """Keep the run's folder to this run. ConfigError while another process writes there."""
+        is_ours = not self.mesh.is_main or self._lock.take()
+        if not broadcast_object(is_ours, self.mesh.data):
+            self.__exit__(None, None, None)
+            raise ConfigError(
+                f"another process is training into {self.output}; wait for it, or give another "
+                "run.output",
+                param="run.output",
+            )
         return self
 
     def __exit__(
@@ -246,6 +265,7 @@ class Trainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self._lock.release()
         self.parts.loader.close()
         if self.parts.owns_mesh:
             close_mesh()

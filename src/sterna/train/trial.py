@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sterna.data.pack import PackedRow
 from sterna.model.batch import Batch
+from sterna.model.hf import HFDecoder
 from sterna.parallel.collectives import total
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import average_gradients, full, local
@@ -30,8 +31,9 @@ from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.longseq.head import chunked_cross_entropy
-from sterna.train.spread import spread
+from sterna.train.spread import shards_of, spread
 from sterna.train.step import TrainStep
 from sterna.train.trialmodel import TrialModel, make_model
 
@@ -67,6 +69,7 @@ class Trial:
     steps: int = 3
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
     adapter: dict[str, Any] | None = None  # AdapterConfig; trained instead of the weights
+    loss: dict[str, Any] = field(default_factory=dict)  # LossSection
     seed: int = 0
 
 
@@ -146,9 +149,14 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
     if trial.adapter is not None:
         add_adapter(model, AdapterConfig(**trial.adapter), trial.seed)
         _fill_zeros(model.to(getattr(torch, trial.dtype)), trial.seed)
-    is_cut = spread(model, ParallelConfig(**trial.parallel), mesh).size > 1
+    parallel = ParallelConfig(**trial.parallel)
+    is_cut = shards_of(parallel, mesh).size > 1
     if trial.longseq:
-        apply_longseq(model, LongseqSection(**trial.longseq), is_sharded=is_cut)
+        settings = LongseqSection(**trial.longseq)
+        if settings.auto and isinstance(model, HFDecoder) and experts_of(model):
+            settings = settings.model_copy(update={"mlp_tile": 0})  # as the planner does
+        apply_longseq(model, settings, is_sharded=is_cut)
+    spread(model, parallel, mesh)
     return model, is_cut
 
 
@@ -186,9 +194,10 @@ def _procedures(
 ) -> tuple[float, Callable[[], float]]:
     """The eval loss, and what computes a step's gradients and returns its loss."""
     if trial.chunked_head is None:
-        eval_loss = _evaluate(model, whole_loss, rows, mesh)
-        return eval_loss, partial(accumulate, model, whole_loss, rows, mesh, is_cut)
-    loss_of = partial(_chunked_loss, chunk_rows=trial.chunked_head)
+        loss_of: LossOf = partial(whole_loss, **trial.loss)
+        eval_loss = _evaluate(model, loss_of, rows, mesh)
+        return eval_loss, partial(accumulate, model, loss_of, rows, mesh, is_cut)
+    loss_of = partial(_chunked_loss, chunk_rows=trial.chunked_head, **trial.loss)
     step = TrainStep(model, mesh, loss=loss_of, is_sharded=is_cut)
     packed = [_packed(*row) for row in rows]
     return step.evaluate(packed).loss, lambda: step.run(packed).loss
@@ -200,7 +209,9 @@ def _packed(batch: Batch, targets: Tensor) -> PackedRow:
     return PackedRow(tokens, shifted, positions, starts, (0,) * (len(starts) - 1))
 
 
-def _chunked_loss(model: Any, batch: Batch, targets: Tensor, chunk_rows: int) -> Tensor:
+def _chunked_loss(
+    model: Any, batch: Batch, targets: Tensor, chunk_rows: int, **penalties: float
+) -> Tensor:
     hidden = model.hidden(batch)
     softcap = float(getattr(model.config, "logits_softcap", 0.0))
     return chunked_cross_entropy(
@@ -210,10 +221,17 @@ def _chunked_loss(model: Any, batch: Batch, targets: Tensor, chunk_rows: int) ->
         softcap=softcap,
         bias=model.head_bias(),
         chunk_rows=chunk_rows,
+        **penalties,
     )
 
 
-def whole_loss(model: Any, batch: Batch, targets: Tensor) -> Tensor:
+def whole_loss(
+    model: Any,
+    batch: Batch,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
     """Sum of the cross entropies of a batch's valid targets, from whole logits."""
     softcap = float(getattr(model.config, "logits_softcap", 0.0))
     hidden = model.hidden(batch)
@@ -223,7 +241,15 @@ def whole_loss(model: Any, batch: Batch, targets: Tensor) -> Tensor:
         logits = logits + bias
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    log_sums = logits[targets != IGNORE].logsumexp(1)
+    loss: Tensor = F.cross_entropy(
+        logits,
+        targets,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return loss.add(log_sums.square().sum(), alpha=z_loss)
 
 
 def accumulate(

@@ -30,7 +30,9 @@ from sterna.core.rundir import write_atomic
 from sterna.model.hub import resolve_model
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.launch import LocalRanks, RankError
+from sterna.train.autoplan import is_chosen
 from sterna.train.config import Recipe
+from sterna.train.longseq.config import LongseqSection
 from sterna.train.sft import is_foreign
 from sterna.train.trial import Errors, Result, Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
@@ -39,6 +41,7 @@ from sterna.version import __version__
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
 MAX_RANKS = 8  # processes of this machine; larger meshes are shrunk, and the certificate says so
 NUM_LAYERS, VOCAB_SIZE = 2, 512
+TILE = 13  # tokens; no row of ROWS is a multiple
 ROWS = (
     Row((5, 18, 14)),
     Row((33,), trained=(2, 5)),
@@ -172,16 +175,16 @@ def _plain(recipe: Recipe) -> Trial:
         num_layers=NUM_LAYERS,
         vocab_size=VOCAB_SIZE,
     )
-    longseq = recipe.longseq.model_dump(exclude={"head_rows"}, exclude_defaults=True)
-    if is_hf and (recipe.adapter is not None or longseq):
-        raise ConfigError(
-            "[adapter] and [longseq] need a native family; this model runs behind transformers"
-        )
     adapter = None if recipe.adapter is None else recipe.adapter.model_dump()
     if adapter is not None:
         adapter |= {"dropout": 0.0, "layers": ()}  # what it adapts is unchanged by either
     return Trial(
-        ROWS, model, dtype="float32" if is_hf else "float64", adapter=adapter, seed=recipe.run.seed
+        ROWS,
+        model,
+        dtype="float32" if is_hf else "float64",
+        adapter=adapter,
+        loss=recipe.loss.model_dump(),
+        seed=recipe.run.seed,
     )
 
 
@@ -192,9 +195,7 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     cut = "none" if config.shard == "none" else "full"
     inner = {"ulysses": config.ulysses} if config.ulysses else {}
     yield "trainer's step", dataclasses.replace(plain, chunked_head=7), 1
-    long = recipe.longseq.model_dump(exclude={"head_rows", "folder"}, exclude_defaults=True)
-    if long.pop("tier", "memory") != "memory":
-        notes.append("note: checkpoints were kept in memory, whatever longseq.tier says")
+    long = _long(recipe.longseq, notes)
     if long:
         yield "long rows", dataclasses.replace(plain, longseq=long), 1
     if sp > 1:
@@ -209,6 +210,20 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     together = {"dp": dp, "sp": sp, "shard": cut, **inner}
     everything = dataclasses.replace(plain, parallel=together, chunked_head=7, longseq=long)
     yield "all", everything, dp * sp
+
+
+def _long(settings: LongseqSection, notes: list[str]) -> dict[str, Any]:
+    """The recipe's checkpoints and tiles for rows of the trial: tiles that cut these."""
+    long = settings.model_dump(exclude={"head_rows", "folder"}, exclude_defaults=True)
+    if settings.auto and not is_chosen(settings):
+        long |= {"checkpoint": True, "mlp_tile": TILE, "attention_tile": TILE}
+        notes.append("note: longseq.auto was tried as checkpoints and tiles, its frugal end")
+    if long.pop("tier", "memory") != "memory":
+        notes.append("note: checkpoints were kept in memory, whatever longseq.tier says")
+    for key in ("mlp_tile", "attention_tile"):
+        if long.get(key):
+            long[key] = min(long[key], TILE)
+    return long
 
 
 def _shrunk(config: ParallelConfig, notes: list[str]) -> tuple[int, int]:

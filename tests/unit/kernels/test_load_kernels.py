@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from sterna.core.errors import KernelError
 from sterna.kernels.load import describe, load_kernels
@@ -45,8 +47,33 @@ def test_environment_forces_the_reference():
 
 
 def test_a_level_that_cannot_run_is_refused():
+    code = "from sterna.kernels.load import load_kernels; load_kernels('cuda')"
+    assert "KernelError: kernel level 'cuda' is not part of this version" in run(code).stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_triton_without_a_device_is_refused():
     code = "from sterna.kernels.load import load_kernels; load_kernels('triton')"
-    assert "KernelError: kernel level 'triton' is not part of this version" in run(code).stderr
+    found = run(code, TRITON_INTERPRET="").stderr
+    assert "KernelError: kernel level 'triton' asked, but" in found
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_triton_serves_the_cpu_where_it_is_interpreted():
+    code = (
+        "from sterna.kernels.load import describe; "
+        "print({r.op: r.backend for r in describe() if r.backend != 'reference'})"
+    )
+    done = run(code, STERNA_KERNELS="triton", TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "{'attention': 'triton'}", done.stderr
+
+
+def test_cpu_users_never_import_triton():
+    code = (
+        "import sys; from sterna.kernels.load import load_kernels; load_kernels(); "
+        "print('triton' in sys.modules)"
+    )
+    assert run(code, STERNA_KERNELS="").stdout.strip() == "False"
 
 
 def test_the_level_cannot_change_within_a_process():

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
+import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
-from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError
+from sterna.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from sterna.data.pack import Document, filler, join
+from sterna.data.prepare import pack_shards
 from sterna.model.load import load_model
+from sterna.text.tokenizer import load_tokenizer
 from sterna.train import checkpoint
+from sterna.train.baddump import name_rows
 from sterna.train.hooks import Hook
 from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
@@ -147,12 +154,117 @@ def test_a_nan_stops_the_run_keeps_the_state_and_names_the_batch(tiny, tmp_path)
                     self.kept = trainer.parts.model.norm.weight.clone()
                     trainer.parts.model.norm.weight[0] = float("nan")
 
-    with pytest.raises(NonFiniteError, match=r"step 4: loss nan in row.* \(of .*chats\.jsonl\)"):
+    with pytest.raises(NonFiniteError, match="step 4: loss nan in row 12 ") as failed:
         train(recipe, hooks=[Poison()])
     dumped = list((tmp_path / "run/bad").glob("*.npz"))
     assert [p.name for p in dumped] == ["bad-step-00000004-rank-0.npz"]
+    _check_places(failed.value.message, np.load(dumped[0]), tmp_path / "chats.jsonl")
     newest = checkpoint.newest(tmp_path / "run/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == 3
+
+
+def _check_places(message, dump, chats):
+    """The line that the message names for each document of the row is the one it was made of."""
+    lines = chats.read_text().splitlines()
+    tokens, starts = dump["tokens_0"], dump["starts_0"]
+    numbers = [int(place.rpartition(":")[2]) for place in dump["places_0"]]
+    assert f"({chats}:{', '.join(map(str, numbers))});" in message
+    alphabet = sorted(ByteLevel.alphabet())
+    for number, begin in zip(numbers, starts, strict=False):
+        word = json.loads(lines[number - 1])["messages"][0]["content"]
+        found = [alphabet[token] for token in tokens[begin + 1 : begin + 1 + len(word)]]
+        assert "".join(found) == word
+
+
+def test_a_nan_in_token_shards_names_the_document(tiny, tmp_path):
+    data = tiny.data(tmp_path, sources=[{"path": str(tmp_path / "chats.jsonl")}])
+    pack_shards(data, load_tokenizer(tmp_path / "model"), tmp_path / "shards")
+    recipe = tiny.recipe(tmp_path, data={"sources": [{"path": str(tmp_path / "shards")}]})
+
+    class Poison(Hook):
+        def before_step(self, trainer, rows):
+            with torch.no_grad():
+                trainer.parts.model.norm.weight[0] = float("inf")
+
+    named = r"step 1: loss nan in row 0 \(.*tokens-00000\.safetensors: document \d+, document \d+"
+    with pytest.raises(NonFiniteError, match=named):
+        train(recipe, hooks=[Poison()])
+
+
+def test_many_documents_are_named_in_short():
+    row = join([Document(np.zeros(1, np.int32), np.zeros(1, np.int32), 0, f"a.jsonl:{i}")
+                for i in range(50)])  # fmt: skip
+    named = name_rows([row, filler()], 6, 2)
+    assert named.startswith("rows 6, 8 (a.jsonl:0, 1, 2, ") and named.endswith(" 39 and 10 more)")
+
+
+def test_documents_beyond_the_models_positions_are_too_long(tiny, tmp_path, caplog):
+    """The rope table has 256 rows: longer ones were read beyond it."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text((json.dumps({"text": "abcdef" * 100}) + "\n") * 20)
+    data = {"sources": [{"path": str(texts)}], "seq_len": 600}
+    run = {"steps": 2, "rows_per_step": 2}
+    longest = []
+
+    class Look(Hook):
+        def before_step(self, trainer, rows):
+            longest.extend(int(row.positions.max()) for row in rows)
+
+    with caplog.at_level("WARNING", logger="sterna"):
+        train(tiny.recipe(tmp_path, kind="pretrain", data=data, run=run), hooks=[Look()])
+    assert max(longest) == 255
+    assert "data.seq_len is 600, the model has 256 positions" in caplog.text
+    assert "20 documents too long" in caplog.text
+    strict = {**data, "too_long": "fail"}
+    run = {**run, "output": str(tmp_path / "strict")}
+    with pytest.raises(
+        DataError, match=r"texts.jsonl:\d+: has 601 tokens, the model's positions are 256"
+    ):
+        train(tiny.recipe(tmp_path, kind="pretrain", data=strict, run=run))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, run={"output": str(tmp_path / "chats.jsonl")})
+    with pytest.raises(ConfigError, match="cannot be a run's folder: File exists"):
+        train(recipe)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tiny, tmp_path):
+    recipe = tiny.recipe(tmp_path, run={"steps": 2})
+
+    def again(trainer):
+        with pytest.raises(ConfigError, match="another process is training into"):
+            train(recipe)
+
+    assert train(recipe, hooks=[Call(1, again)]).steps == 2
+    assert len(step_lines(tmp_path / "run")) == 2  # the second wrote nothing there
+    longer = tiny.recipe(tmp_path, run={"steps": 3})
+    assert train(longer, resume=True).steps == 3  # free again
+
+
+def test_rows_that_were_skipped_are_counted_at_the_end(tiny, tmp_path, caplog):
+    recipe = tiny.recipe(tmp_path, data={"on_bad_row": "skip"}, run={"steps": 1})
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "assistant"}]}\n{"messages": []}\n' * 3)
+    with caplog.at_level("WARNING", logger="sterna"):
+        train(recipe)
+    assert "messages[0] has no content and no tool_calls" in caplog.text
+    assert re.search(r"data: of \d+ rows \d malformed", caplog.text)
+
+
+def test_smoothing_and_z_loss_are_trained_and_not_evaluated(tiny, tmp_path):
+    runs = {}
+    for name, section in {"plain": {}, "more": {"label_smoothing": 0.1, "z_loss": 0.01}}.items():
+        run = {"steps": 1, "output": str(tmp_path / name)}
+        recipe = tiny.recipe(
+            tmp_path, loss=section, run=run, data={"held_out": 0.1}, optim={"lr": 1e-30}
+        )
+        runs[name] = train(recipe)
+    assert runs["more"].eval_loss == runs["plain"].eval_loss  # of the first weights
+    # log-sums are near ln 272 = 5.6 at random weights: 0.01 of their square is 0.31
+    assert 0.2 < runs["more"].loss - runs["plain"].loss < 0.5
+    with pytest.raises(ConfigError, match="kind = distill has a loss of its own"):
+        tiny.recipe(tmp_path, kind="distill", loss={"z_loss": 1e-4})
 
 
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tiny, tmp_path):

@@ -142,10 +142,14 @@ def test_rows_of_logits_that_auto_chose_reach_the_loss(tiny, tmp_path, monkeypat
         assert trainer.parts.step._loss.keywords["chunk_rows"] == 512
 
 
-def test_auto_is_refused_where_it_has_no_effect(tiny, tmp_path):
-    recipe = tiny.recipe(tmp_path, longseq={"auto": True}, model={"backend": "hf"})
-    with pytest.raises(ConfigError, match="auto"):
-        build(recipe)
+def test_experts_are_never_tiled():
+    rungs = list(plan.ladder(False, True, False, has_experts=True))
+    assert not any(rung.mlp_tile for rung in rungs) and len(set(map(str, rungs))) == len(rungs)
+    settings, seen = rungs[0], []
+    while settings is not None:
+        seen.append(settings)
+        settings = plan.replan(settings, False, True, False, has_experts=True)
+    assert seen == rungs
 
 
 class Exhausted(Hook):
@@ -191,7 +195,7 @@ def test_the_next_rung_is_after_the_one_auto_chose(tiny, tmp_path, monkeypatch):
 def test_one_of_several_ranks_does_not_go_on_alone(tiny, tmp_path):
     recipe = tiny.recipe(tmp_path, longseq={"auto": True})
     parts = SimpleNamespace(
-        recipe=recipe, shards=Axis("whole"), mesh=SimpleNamespace(world=2, rank=1)
+        recipe=recipe, model=None, shards=Axis("whole"), mesh=SimpleNamespace(world=2, rank=1)
     )
     with pytest.raises(TrainError, match=r"rank 1 of 2.*checkpoint"):
         autoplan.more_frugal(parts, MemoryError())

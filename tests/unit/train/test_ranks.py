@@ -47,6 +47,14 @@ def sections(output, **parallel):
     return {**BASE, "run": {**BASE["run"], "output": str(output)}, "parallel": parallel}
 
 
+def test_a_nan_on_one_rank_is_named_by_all(ranks, folder):
+    """Rank 1 alone has a bad row: the second of the step, and both ranks say so."""
+    spread = ranks.run(2, f"{RUN}_poisoned", str(folder), sections(folder / "bad", shard="none"), 1)
+    assert [kind for kind, _ in spread] == ["NonFiniteError"] * 2
+    assert all("step 1: loss nan in row 1 (" in message for _, message in spread)
+    assert len({message.partition("; the step")[0] for _, message in spread}) == 1
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_ranks_change_nothing_but_rounding(ranks, folder, name):
     world, parallel = MESHES[name]

@@ -123,7 +123,7 @@ struct ScoreArgs {
   const int32_t *row_ids, *chosen;          // [R]
   const float *temperature, *top_p, *min_p;  // [R]; the temperature is not 0
   const int32_t* top_k;                      // [R]  0 = off
-  double *logprobs, *entropies;  // [R]; NaN for a row that is not finite
+  double *logprobs, *entropies, *log_sums;  // [R]; NaN for a row that is not finite
   float* probs;  // [rows, vocab] or null; may be `logits` when no row repeats
   int32_t vocab;  // at most MAX_DRAW_VOCAB
 };

@@ -192,12 +192,12 @@ void score_row(const ScoreArgs& a, int r, char* scratch) {
   bool has_nan;
   float m = row_max(x, a.vocab, &has_nan);
   if (has_nan || !std::isfinite(m)) {
-    a.logprobs[r] = a.entropies[r] = NAN;
+    a.logprobs[r] = a.entropies[r] = a.log_sums[r] = NAN;
     return;
   }
   Survivors s = survivors(a, r, x, m, scratch);
   Sums found = sums(s, x, m, a.temperature[r]);
-  double log_sum = std::log(found.p);
+  double log_sum = a.log_sums[r] = std::log(found.p);
   a.entropies[r] = log_sum - found.p_log_p / found.p;
   bool is_kept = std::binary_search(s.ids, s.ids + s.count, a.chosen[r]);
   float z = (x[a.chosen[r]] - m) / a.temperature[r];

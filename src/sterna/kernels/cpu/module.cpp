@@ -15,6 +15,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace sterna;
 
+void bind_suffix_tree(nb::module_& m);  // suffix_bind.cpp
+
 namespace {
 
 template <class T>
@@ -215,15 +217,15 @@ NB_MODULE(_cpu, m) {
   }, "logits"_a, "row_ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
      "ids"_a, "count"_a, "vocab"_a);
   k.def("score", [](Kernels& self, Addr logits, Addr row_ids, Addr chosen, Addr temperature,
-                    Addr top_k, Addr top_p, Addr min_p, Addr logprobs, Addr entropies, Addr probs,
-                    int count, int vocab) {
+                    Addr top_k, Addr top_p, Addr min_p, Addr logprobs, Addr entropies, Addr log_sums,
+                    Addr probs, int count, int vocab) {
     ScoreArgs args{ptr<float>(logits), ptr<int32_t>(row_ids), ptr<int32_t>(chosen),
                    ptr<float>(temperature), ptr<float>(top_p), ptr<float>(min_p),
                    ptr<int32_t>(top_k), ptr<double>(logprobs), ptr<double>(entropies),
-                   ptr<float>(probs), vocab};
+                   ptr<double>(log_sums), ptr<float>(probs), vocab};
     self.submit(nullptr, args, 0, count, 0);
   }, "logits"_a, "row_ids"_a, "chosen"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
-     "logprobs"_a, "entropies"_a, "probs"_a, "count"_a, "vocab"_a);
+     "logprobs"_a, "entropies"_a, "log_sums"_a, "probs"_a, "count"_a, "vocab"_a);
   k.def("dequantize", [](Kernels& self, Addr blocks, Addr out, int64_t num_blocks, int type,
                          int is_bf16) {
     DequantArgs args{ptr<uint8_t>(blocks), ptr<void>(out), num_blocks, BlockType(type), is_bf16};
@@ -234,6 +236,7 @@ NB_MODULE(_cpu, m) {
     PackArgs args{ptr<void>(weight), ptr<void>(out), rows, cols, elem_bytes};
     self.each((rows + PANEL - 1) / PANEL, [&](int panel) { pack_panel_unit(args, panel); });
   }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
+  bind_suffix_tree(m);
   bind_row_ops(k);
   bind_matrix_ops(k);
   bind_quant_ops(k);

@@ -16,20 +16,25 @@ from torch import Tensor
 from sterna.core.errors import ConfigError
 from sterna.model.batch import Batch
 from sterna.model.decoder import Decoder
+from sterna.model.hf import HFDecoder
 from sterna.model.layers import Block
 from sterna.train.longseq.blocks import LongBlock, checkpointed
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.longseq.foreign import apply_foreign
 from sterna.train.longseq.store import DiskStore, HostStore, MemoryStore, Store
 
 
 def apply_longseq(
-    decoder: Decoder, settings: LongseqSection, folder: Path | None = None, is_sharded: bool = False
+    decoder: Decoder | HFDecoder,
+    settings: LongseqSection,
+    folder: Path | None = None,
+    is_sharded: bool = False,
 ) -> None:
     """Train `decoder` in the memory `settings` allow. Values are those of the plain forward.
 
     `folder`: where tier disk writes when the settings name none. `is_sharded`: FSDP2 holds the
-    weights. Call it before FSDP2 wraps the blocks or after. Raises ConfigError for combinations
-    that cannot be proven.
+    weights, or will: call it before FSDP2 wraps the blocks. Raises ConfigError for combinations
+    and UnsupportedModelError for models behind transformers that cannot be proven.
     """
     if is_sharded and settings.every > 1:
         raise ConfigError(
@@ -38,13 +43,16 @@ def apply_longseq(
             param="longseq.every",
         )
     store = new_store(settings, decoder.device, folder)
+    if isinstance(decoder, HFDecoder):
+        apply_foreign(decoder, settings, store)
+        return
     blocks = [LongBlock(block, settings, store) for block in _blocks(decoder)]
     if settings.checkpoint and settings.every > 1:
         decoder.walk = Segments(blocks, settings.every)
         return
     if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
         for block in blocks:
-            block.block.forward = types.MethodType(_forward_of(block), block.block)  # type: ignore[method-assign]
+            block.block.forward = types.MethodType(_forward_of(block), block.block)
 
 
 def new_store(settings: LongseqSection, device: torch.device, folder: Path | None) -> Store:

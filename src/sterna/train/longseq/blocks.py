@@ -18,9 +18,9 @@ gathered and gradients scattered as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.store import Store
 from sterna.train.longseq.tiles import (
     RandomState,
+    RowFunction,
     WeightSums,
     backward_tiles,
     forward_tiles,
@@ -40,78 +41,122 @@ from sterna.train.longseq.tiles import (
 )
 
 
+class Halves(Protocol):
+    """A block on one row of T tokens: two functions of rows around its attention."""
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What both halves read of a token beside its hidden row: integers [T]."""
+        ...
+
+    def front(self, h: Tensor, *rows: Tensor) -> Tensor:
+        """h [t, D] -> rotated qkv [t, (H + 2G) * C]."""
+        ...
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """qkv of all T tokens -> [T, H * C]."""
+        ...
+
+    def back(self, h: Tensor, o: Tensor, *rows: Tensor) -> Tensor:
+        """h [t, D] and the attention output [t, H * C] -> the block's output [t, D]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeHalves:
+    """Those of a native block. See Halves."""
+
+    block: Block
+    batch: Batch
+    table: Tensor | None
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """See Halves."""
+        return (self.batch.positions,)
+
+    def front(self, h: Tensor, *rows: Tensor) -> Tensor:
+        """See Halves."""
+        return self.block.attn.project(self.block.attn_norm(h), rows[0], self.table)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """See Halves."""
+        return self.block.attn.attend(qkv, self.batch.query_starts)
+
+    def back(self, h: Tensor, o: Tensor, *rows: Tensor) -> Tensor:
+        """See Halves."""
+        return self.block.finish(h, o)
+
+
 @dataclass(slots=True)
 class LongBlock:
     """One block's way through a row."""
 
-    block: Block
+    block: nn.Module
     settings: LongseqSection
     store: Store
 
-    def front(self, h: Tensor, positions: Tensor, table: Tensor | None) -> Tensor:
-        """h [T, D] -> rotated qkv."""
-        return self.block.attn.project(self.block.attn_norm(h), positions, table)
+    def halves(self, batch: Batch | None, table: Any) -> Halves:
+        """The block on a batch; `table`: what this block alone is given, here its rope table."""
+        assert isinstance(self.block, Block) and batch is not None
+        return NativeHalves(self.block, batch, table)
 
     def weights(self) -> list[nn.Parameter]:
         """The block's trained weights, in order."""
         return [p for p in self.block.parameters() if p.requires_grad]
 
-    def run(self, h: Tensor, batch: Batch, table: Tensor | None) -> Tensor:
+    def run(self, h: Tensor, batch: Batch | None, table: Any) -> Tensor:
         """The forward, nothing recorded."""
-        qkv = forward_tiles(
-            self._front_of(table), (h, batch.positions), self.settings.attention_tile
-        )
+        halves = self.halves(batch, table)
+        qkv = forward_tiles(halves.front, (h, *halves.rows), self.settings.attention_tile)
         with torch.no_grad():
-            o = self.block.attn.attend(qkv, batch.query_starts)
+            o = halves.attend(qkv)
         del qkv
-        return forward_tiles(self.block.finish, (h, o), self.settings.mlp_tile)
+        return forward_tiles(halves.back, (h, o, *halves.rows), self.settings.mlp_tile)
 
     def backward(
-        self, h: Tensor, batch: Batch, table: Tensor | None, grad: Tensor, random: RandomState
+        self, h: Tensor, batch: Batch | None, table: Any, grad: Tensor, random: RandomState
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """(gradient of h, gradients of `weights()`) from the block's input and the upstream one.
 
         `random`: where the random numbers stood before the block ran.
         """
-        sums = WeightSums(self.weights())
-        front, rows = self._front_of(table), (h, batch.positions)
+        sums, halves = WeightSums(self.weights()), self.halves(batch, table)
+        rows, tile = (h, *halves.rows), self.settings.attention_tile
         with replayed(random, h):
-            qkv = forward_tiles(front, rows, self.settings.attention_tile)
-            d_h, d_qkv = self._backward_attention(h, batch, qkv, grad, sums)
+            qkv = forward_tiles(halves.front, rows, tile)
+            d_h, d_qkv = self._backward_attention(h, halves, qkv, grad, sums)
         del qkv
         with replayed(random, h):
-            found = backward_tiles(front, rows, d_qkv, self.settings.attention_tile, sums)[0]
+            found = backward_tiles(halves.front, rows, d_qkv, tile, sums)[0]
         assert found is not None
         return d_h.add_(found), sums.take()
 
     def _backward_attention(
-        self, h: Tensor, batch: Batch, qkv: Tensor, grad: Tensor, sums: WeightSums
+        self, h: Tensor, halves: Halves, qkv: Tensor, grad: Tensor, sums: WeightSums
     ) -> tuple[Tensor, Tensor]:
         """Back half and attention: (gradient of h through the residual, of qkv)."""
         qkv = qkv.requires_grad_()
         with torch.enable_grad():
-            o = self.block.attn.attend(qkv, batch.query_starts)
-        tile = self.settings.mlp_tile
-        d_h, d_o = backward_tiles(self.block.finish, (h, o.detach()), grad, tile, sums)
+            o = halves.attend(qkv)
+        rows = (h, o.detach(), *halves.rows)
+        d_h, d_o, *_ = backward_tiles(halves.back, rows, grad, self.settings.mlp_tile, sums)
         assert d_h is not None and d_o is not None
         (d_qkv,) = torch.autograd.grad(o, qkv, d_o)
         return d_h, d_qkv
 
-    def _front_of(self, table: Tensor | None) -> Callable[..., Tensor]:
-        return lambda h, positions: self.front(h, positions, table)
-
-    def in_tiles(self, h: Tensor, batch: Batch, table: Tensor | None) -> Tensor:
+    def in_tiles(self, h: Tensor, batch: Batch | None, table: Any) -> Tensor:
         """The forward without a checkpoint: each tiled half keeps its inputs."""
-        weights = self.weights()
-        tile = self.settings.attention_tile
-        if tile:
-            qkv = tiled(self._front_of(table), (h, batch.positions), weights, tile)
-        else:
-            qkv = self.front(h, batch.positions, table)
-        o = self.block.attn.attend(qkv, batch.query_starts)
-        if self.settings.mlp_tile:
-            return tiled(self.block.finish, (h, o), weights, self.settings.mlp_tile)
-        return self.block.finish(h, o)
+        weights, halves = self.weights(), self.halves(batch, table)
+        qkv = _half(halves.front, (h, *halves.rows), weights, self.settings.attention_tile)
+        o = halves.attend(qkv)
+        return _half(halves.back, (h, o, *halves.rows), weights, self.settings.mlp_tile)
+
+
+def _half(
+    function: RowFunction, rows: tuple[Tensor, ...], weights: list[nn.Parameter], tile: int
+) -> Tensor:
+    return tiled(function, rows, weights, tile) if tile else function(*rows)
 
 
 class _Checkpoint(torch.autograd.Function):
@@ -120,10 +165,10 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        blocks: list[LongBlock],
+        blocks: Sequence[LongBlock],
         h: Tensor,
-        batch: Batch,
-        tables: list[Tensor | None],
+        batch: Batch | None,
+        tables: list[Any],
         *weights: Tensor,
     ) -> Tensor:
         ctx.blocks, ctx.batch, ctx.tables = blocks, batch, tables
@@ -134,7 +179,7 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        blocks: list[LongBlock] = ctx.blocks
+        blocks: Sequence[LongBlock] = ctx.blocks
         inputs, states = _inputs(ctx)
         found: list[tuple[Tensor | None, ...]] = []
         for i in reversed(range(len(blocks))):
@@ -144,7 +189,7 @@ class _Checkpoint(torch.autograd.Function):
         return (None, grad, None, None, *(g for own in found for g in own))
 
 
-def _run(blocks: list[LongBlock], h: Tensor, batch: Batch, tables: list[Tensor | None]) -> Tensor:
+def _run(blocks: Sequence[LongBlock], h: Tensor, batch: Batch | None, tables: list[Any]) -> Tensor:
     for block, table in zip(blocks, tables, strict=True):
         h = block.run(h, batch, table)
     return h
@@ -152,7 +197,7 @@ def _run(blocks: list[LongBlock], h: Tensor, batch: Batch, tables: list[Tensor |
 
 def _inputs(ctx: Any) -> tuple[list[Tensor], list[RandomState]]:
     """The input of every block, and the state of the random numbers it began with."""
-    blocks: list[LongBlock] = ctx.blocks
+    blocks: Sequence[LongBlock] = ctx.blocks
     h = blocks[0].store.take(ctx.kept)
     inputs, states = [h], [ctx.random]
     with replayed(ctx.random, h):
@@ -164,7 +209,7 @@ def _inputs(ctx: Any) -> tuple[list[Tensor], list[RandomState]]:
 
 
 def checkpointed(
-    blocks: list[LongBlock], h: Tensor, batch: Batch, tables: list[Tensor | None]
+    blocks: Sequence[LongBlock], h: Tensor, batch: Batch | None, tables: list[Any]
 ) -> Tensor:
     """The blocks in a row, h [T, D] -> [T, D]."""
     weights = [w for block in blocks for w in block.weights()]

@@ -15,6 +15,7 @@ from torch import Tensor
 from sterna.core.errors import KernelError
 from sterna.data.pack import IGNORE
 from sterna.kernels import ops
+from sterna.kernels.scores import PLAIN, Distribution
 from sterna.train.longseq.config import chunk_rows_of
 
 
@@ -25,6 +26,7 @@ class HeadSettings:
     softcap: float = 0.0
     scale: float = 1.0
     chunk_rows: int | None = None
+    distribution: Distribution = PLAIN  # of the log-probs; other losses take all of it
 
 
 @dataclass(slots=True)

@@ -2,22 +2,25 @@
 
     z = softcap(scale * h W^T + b)                       a chunk of rows at a time, float32
     cross entropy   sum over valid t of lse(z_t) - z_t[y_t]
+                      + s (z_t[y_t] - mean z_t)     label smoothing s (arXiv 1512.00567, section 7)
+                      + c lse(z_t)^2                z-loss c (PaLM, arXiv 2204.02311, section 5)
     log-probs       z_t[y_t] - lse(z_t), with the entropy lse - sum p z
     KL              sum over rows of KL(softmax(z_teacher / T) || softmax(z_student / T))
 
 Rows whose target is IGNORE (or that a mask leaves out) are dropped before their logits are
 computed. z comes from `ops.logits`, the kernel of the engine, on the weight packed once a call; the
-log-sum of `chunked_logprobs` is that of `engine/sampler.py` (`kernels.sampling.log_sum`), so on the
-CPU a training log-prob is the engine's to the bit (rounded to float32).
+log-probs of `chunked_logprobs` are those of `kernels/scores.py`, the sampler's own function, so on
+the CPU a training log-prob is the engine's to the bit (rounded to float32).
 
 A sum (cross entropy, KL) knows its gradient but for one factor, so its forward computes it while
 the logits are there, if and only if a gradient is asked for, and backward multiplies the gradients
 of hidden, weight and bias by the upstream one. A value a row (log-prob, entropy) does not: its
 backward computes each chunk's logits again: with upstream gradients g (log-prob) and k (entropy)
 
-    d z_j = g (1[j = y] - p_j) - k p_j (log p_j + H)
+    d z_j = (g (1[j = y] - p_j) - k p_j (log p_j + H)) / temperature
 
-The weight's gradient is summed over chunks in float32.
+that of the cross entropy is d z_j = p_j (1 + 2 c lse) - (1 - s) 1[j = y] - s / V. The weight's
+gradient is summed over chunks in float32.
 
 The road not taken: one loop over vocabulary tiles too (no logits at all). It computes the logits
 twice, and a chunk of them is small beside the weight's float32 gradient already.
@@ -35,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sterna.core.errors import KernelError
-from sterna.kernels.sampling import log_sum
+from sterna.kernels.scores import PLAIN, Distribution, score
 from sterna.train.longseq.chunks import (
     Gradients,
     Head,
@@ -84,17 +87,21 @@ def chunked_cross_entropy(
     scale: float = 1.0,
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """hidden [T, D], weight [V, D], targets [T] (IGNORE = no loss) -> SUM over valid tokens.
 
     float32 scalar (float64 for float64 hidden states), with a graph also when no token is valid.
+    `label_smoothing` s and `z_loss` c are those of the formula above.
     Raises KernelError for shapes that do not fit, a packed or quantised weight, a target beyond V.
     """
     check(hidden, weight, bias, targets)
     settings = HeadSettings(softcap, scale, chunk_rows)
 
     def work(wants: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        return _cross_entropy(hidden.detach(), weight, bias, targets, settings, wants)
+        penalty = (label_smoothing, z_loss)
+        return _cross_entropy(hidden.detach(), weight, bias, targets, settings, penalty, wants)
 
     return _sum_loss(hidden, weight, bias, work)
 
@@ -106,8 +113,10 @@ def _cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     settings: HeadSettings,
+    penalty: tuple[float, float],
     wants: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    smoothing, z_loss = penalty
     head = make_head(weight, bias, settings)
     grads = Gradients(head, hidden, wants)
     total = hidden.new_zeros((), dtype=torch.float64)
@@ -116,11 +125,15 @@ def _cross_entropy(
         z = head.logits(part)
         kept = z.clone() if settings.softcap > 0 and any(wants) else None
         chosen = z.gather(1, wanted).double()
+        if smoothing:
+            total += smoothing * (chosen[:, 0] - z.mean(1, dtype=torch.float64)).sum()
         log_sum, weights = _soften(z)
-        total += (log_sum[:, None] - chosen).sum()
+        total += (log_sum[:, None] - chosen).sum() + z_loss * log_sum.square().sum()
         if any(wants):
-            z.mul_(weights)
-            z.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=z.dtype))
+            z.mul_(weights * (1 + 2 * z_loss * log_sum[:, None]).to(z.dtype) if z_loss else weights)
+            z.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1.0, dtype=z.dtype))
+            if smoothing:
+                z -= smoothing / len(weight)
             grads.add(rows, part, head.uncap(z, kept))
         del z  # or the next chunk's logits would lie beside these
     return total.to(grads.sum_dtype), grads.take()
@@ -209,14 +222,17 @@ def chunked_logprobs(
     softcap: float = 0.0,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    distribution: Distribution | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target [T], entropy of each row [T]), float32; 0 where IGNORE.
 
-    Float64 for float64 hidden states. Raises KernelError as `chunked_cross_entropy`.
+    `distribution`: what the targets were drawn from (None: the softmax of the logits); a target
+    that it leaves out has -inf. Which tokens it leaves out is a constant for the gradient. Float64
+    for float64 hidden states. Raises KernelError as `chunked_cross_entropy`.
     """
     check(hidden, weight, bias, targets)
-    settings = HeadSettings(softcap, scale, chunk_rows)
+    settings = HeadSettings(softcap, scale, chunk_rows, distribution or PLAIN)
     tensors = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         apply: Any = _RowValues.apply
@@ -274,22 +290,38 @@ class _RowValues(torch.autograd.Function):
             part, wanted = hidden.index_select(0, rows), targets[rows].long()
             z = head.logits(part)
             kept = z.clone() if ctx.settings.softcap > 0 else None
-            d = _row_gradient(z, wanted, d_logprobs[rows], d_entropy[rows])
+            d = _row_gradient(z, wanted, ctx.settings, d_logprobs[rows], d_entropy[rows])
             grads.add(rows, part, head.uncap(d, kept))
             del z, d
         found = as_inputs(grads.take(), (hidden, weight, bias))
         return (*found, None, None)
 
 
-def _row_gradient(z: Tensor, wanted: Tensor, d_logprob: Tensor, d_entropy: Tensor) -> Tensor:
+def _row_gradient(
+    z: Tensor, wanted: Tensor, settings: HeadSettings, d_logprob: Tensor, d_entropy: Tensor
+) -> Tensor:
     """d z [r, V] of the formula above. The entropy's term is left out when nobody asks for it."""
-    log_p = torch.log_softmax(z, 1)
+    t = settings.distribution.temperature
+    log_p = _kept_logits(z, settings.distribution).log_softmax(1)
     p = log_p.exp()
-    entropy = -(p * log_p).sum(1, keepdim=True)
     d = p * -d_logprob[:, None].to(z.dtype)
     if bool(d_entropy.any()):
+        log_p.masked_fill_(p == 0, 0.0)  # 0 log 0
+        entropy = -(p * log_p).sum(1, keepdim=True)
         d -= log_p.add_(entropy).mul_(p).mul_(d_entropy[:, None].to(z.dtype))
-    return d.scatter_add_(1, wanted[:, None], d_logprob[:, None].to(z.dtype))
+    d.scatter_add_(1, wanted[:, None], d_logprob[:, None].to(z.dtype))
+    return d if t == 1.0 else d.div_(t)
+
+
+def _kept_logits(z: Tensor, distribution: Distribution) -> Tensor:
+    """Logits [r, V] over the temperature, -inf where the distribution leaves a token out."""
+    scaled = z if distribution.temperature == 1.0 else z / distribution.temperature
+    if distribution == Distribution(distribution.temperature):
+        return scaled
+    rows = np.array(z.detach().float().cpu())  # overwritten by their probabilities
+    chosen = np.zeros(len(rows), np.int32)
+    probs = score(rows, chosen, [distribution], wants_probs=True).probs
+    return scaled.masked_fill(torch.from_numpy(probs).to(z.device) == 0, -torch.inf)
 
 
 @torch.no_grad()
@@ -302,33 +334,21 @@ def _row_values(
     entropies = torch.zeros_like(logprobs)
     for rows in split_rows(valid_rows(targets, len(weight)), len(weight), settings):
         z = head.logits(hidden.index_select(0, rows))
-        chosen = z.gather(1, targets[rows].long()[:, None])[:, 0].double()
-        shift, entropy = _shift_and_entropy(z)
-        logprobs[rows] = (chosen - shift).to(dtype)
-        entropies[rows] = entropy.to(dtype)
+        found = _score(z, targets[rows].long(), settings.distribution)
+        logprobs[rows], entropies[rows] = (values.to(dtype) for values in found)
         del z
     return logprobs, entropies
 
 
-def _shift_and_entropy(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log-sum-exp [r] and entropy [r], float64. Overwrites z.
+def _score(z: Tensor, wanted: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
+    """(log-prob [r], entropy [r]) in float64.
 
-    On the CPU the sampler's own words (NumPy's float32 exp, a float64 sum of one row), so that the
-    log-prob has the engine's bits; elsewhere PyTorch's.
+    On the CPU by the sampler's own function, so that the log-prob has the engine's bits; elsewhere,
+    and for float64, PyTorch's.
     """
     if z.dtype == torch.float32 and z.device.type == "cpu":
-        pairs = [_sampler_shift(row) for row in z.numpy()]
-        both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
-        return both[:, 0], both[:, 1]
-    top = z.amax(1, keepdim=True)
-    e = (z - top).exp_()
-    total = e.sum(1, dtype=torch.float64)
-    mean = (e * (z - top)).sum(1, dtype=torch.float64) / total
-    return top[:, 0].double() + total.log(), total.log() - mean
-
-
-def _sampler_shift(row: Any) -> tuple[float, float]:
-    """(log-sum as the sampler takes it, entropy) of one row of float32 logits."""
-    found = log_sum(row)
-    mean = float(np.dot(found.weights, found.below)) / float(found.total)
-    return found.value, float(np.log(found.total)) - mean
+        found = score(z.numpy(), wanted.numpy().astype(np.int32), [distribution])
+        return torch.from_numpy(found.logprobs), torch.from_numpy(found.entropies)
+    log_p = _kept_logits(z, distribution).double().log_softmax(1)
+    weighted = (log_p.exp() * log_p).nan_to_num_(0.0)
+    return log_p.gather(1, wanted[:, None])[:, 0], -weighted.sum(1)

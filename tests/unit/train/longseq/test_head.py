@@ -97,6 +97,36 @@ def test_every_head_op_passes_gradcheck(rows, softcap, scale, has_bias):
         assert torch.autograd.gradcheck(function, inputs), function.__name__
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.01), (0.2, 0.03)])
+@pytest.mark.parametrize(("rows", "softcap", "scale", "has_bias"), GRID)
+def test_smoothing_and_z_loss_equal_whole_logits(rows, softcap, scale, has_bias, smoothing, z_loss):
+    """Value by PyTorch's own smoothing, gradients by autograd and by finite differences."""
+    hidden, weight = rand(T, D), rand(V, D)
+    leaves = [hidden, weight, *([rand(V)] if has_bias else [])]
+    targets = some_targets()
+
+    def chunked(h, w, b=None):
+        return -1.7 * head.chunked_cross_entropy(
+            h, w, targets, bias=b, softcap=softcap, scale=scale, chunk_rows=rows,
+            label_smoothing=smoothing, z_loss=z_loss,
+        )  # fmt: skip
+
+    def whole(h, w, b=None):
+        z = whole_logits(h, w, b, softcap, scale)
+        ce = F.cross_entropy(z, targets, ignore_index=IGNORE, reduction="sum",
+                             label_smoothing=smoothing)  # fmt: skip
+        return -1.7 * (ce + z_loss * z[targets != IGNORE].logsumexp(1).square().sum())
+
+    got, expected = chunked(*leaves), whole(*leaves)
+    assert abs(got - expected) < F64 * 100
+    pairs = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves),
+                strict=True)  # fmt: skip
+    assert all((a - b).abs().max() < F64 * 100 for a, b in pairs)
+    assert torch.autograd.gradcheck(chunked, leaves)
+    with torch.no_grad():
+        assert abs(chunked(*leaves) - expected) < F64 * 100
+
+
 def test_logprobs_entropy_and_sums_equal_whole_logits():
     hidden, weight, targets = rand(T, D), rand(V, D), some_targets()
     logprobs, entropy = head.chunked_logprobs(hidden, weight, targets, chunk_rows=4)

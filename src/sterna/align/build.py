@@ -1,0 +1,318 @@
+"""From a recipe to a run: folder, models, engine, data, rewards, hooks, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sterna.align.auditor import Auditor
+from sterna.align.config import RewardSection, RlRecipe
+from sterna.align.critic import check_tokenizer, load_critic
+from sterna.align.experience import Models
+from sterna.align.hybrid import HybridEngine
+from sterna.align.kl import KLController
+from sterna.align.learner import Learner, Trained, values_of
+from sterna.align.prompts import PromptStream
+from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
+from sterna.align.reward import Reward, RewardSum, Sample
+from sterna.align.reward_model import ModelReward
+from sterna.align.rewards_io import FunctionReward, HttpReward
+from sterna.align.rlhooks import RlHook
+from sterna.align.rltrainer import RlParts, RlTrainer
+from sterna.align.rollout import Rollout
+from sterna.align.score import completion_logprobs, micro_batches
+from sterna.align.tasks.base import Task
+from sterna.align.tasks.table import make_task
+from sterna.core.errors import ConfigError
+from sterna.core.log import get_logger
+from sterna.core.rundir import write_atomic
+from sterna.engine.config import EngineConfig
+from sterna.kernels.device import check_device, set_threads
+from sterna.kernels.scores import Distribution
+from sterna.model.decoder import Decoder
+from sterna.model.hub import resolve_model
+from sterna.model.load import load_model
+from sterna.text.save import tokenizer_files
+from sterna.text.tokenizer import Tokenizer, load_tokenizer
+from sterna.train import checkpoint
+from sterna.train.config import OptimSection
+from sterna.train.ema import Ema
+from sterna.train.gradients import Gradients
+from sterna.train.optim import AdamW
+from sterna.train.parts import trained
+from sterna.train.recipe import to_toml
+
+_log = get_logger(__name__)
+# What a resumed run may change: how long, where to, and what changes no bit of it.
+FREE = (
+    "run.steps",
+    "run.output",
+    "run.threads",
+    "run.dump",
+    "run.samples",
+    "checkpoint.*",
+    "eval.*",
+)
+# Blocks beside those of the completions: partly filled ones, and a place for the null block.
+_SPARE_BLOCKS = 8
+_BLOCK = 16
+_MAX_SEQS = 256
+
+
+def build(
+    recipe: RlRecipe,
+    resume: bool = False,
+    rewards: Sequence[Reward] = (),
+    hooks: Sequence[RlHook] = (),
+) -> RlTrainer:
+    """Everything `align_rl` needs, ready to start. Errors as `align_rl`."""
+    check_device(recipe.model.device)
+    set_threads(recipe.run.threads)
+    source = _source(recipe, resume)
+    torch.manual_seed(recipe.run.seed)
+    device = torch.device(recipe.model.device)
+    base = resolve_model(recipe.model.path)
+    tokenizer = load_tokenizer(
+        resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
+    )
+    policy = load_model(source or base, recipe.model.dtype, device).decoder
+    write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    hybrid = HybridEngine(policy, tokenizer, _engine_config(recipe), recipe.rollout.weights)
+    learner = _learner(recipe, policy, hybrid, tokenizer, device)
+    task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
+    weights = trained(policy)
+    return RlTrainer(
+        RlParts(
+            recipe=recipe,
+            tokenizer=tokenizer,
+            hybrid=hybrid,
+            models=_models(recipe, policy, hybrid, learner, base, device),
+            learner=learner,
+            ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
+            prompts=PromptStream(recipe.prompts, tokenizer, task),
+            eval_prompts=_eval_prompts(recipe, tokenizer, task),
+            rewards=_rewards(recipe, rewards, task, tokenizer),
+            kl=_controller(recipe),
+            hooks=(*_builtin_hooks(recipe), *hooks),
+            files=tokenizer_files(tokenizer),
+            source=source,
+        )
+    )
+
+
+def _source(recipe: RlRecipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from. ConfigError for a used folder or a changed recipe."""
+    folder = recipe.run.output / "checkpoints"
+    checkpoint.remove_leftovers(folder)
+    newest = checkpoint.newest(folder)
+    if newest is None or not resume:
+        if newest is not None:
+            raise ConfigError(
+                f"{recipe.run.output} holds a run already ({newest.name}); go on with --resume, or "
+                "give another run.output",
+                param="run.output",
+            )
+        return None
+    saved = RlRecipe.model_validate(checkpoint.read_meta(newest)["recipe"])
+    bad = {
+        key: values
+        for key, values in changed(saved, recipe).items()
+        if not any(fnmatch(key, pattern) for pattern in FREE)
+    }
+    if bad:
+        named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())
+        raise ConfigError(
+            f"the recipe differs from that of {newest}: {named}. Only {', '.join(FREE)} may "
+            "change; restore it, or start a new run with model.path = that checkpoint"
+        )
+    return newest
+
+
+def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:
+    """Dotted key -> (value in `old`, value in `new`) where they differ."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = dict.fromkeys((*before, *after))
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _engine_config(recipe: RlRecipe) -> EngineConfig:
+    """An engine that holds a step's rollouts at once, where that is not said otherwise."""
+    rollout = recipe.rollout
+    size = recipe.prompts.max_tokens + rollout.max_tokens
+    sequences = rollout.prompts_per_step * rollout.group_size
+    tokens = rollout.kv_tokens or size * sequences
+    blocks = -(-max(tokens, size) // _BLOCK) + sequences + _SPARE_BLOCKS
+    limit = min(sequences, _MAX_SEQS)
+    values = {
+        "device": recipe.model.device,
+        "dtype": recipe.model.dtype,
+        "threads": recipe.run.threads,
+        "block_size": _BLOCK,
+        "num_kv_blocks": blocks,
+        "max_num_seqs": limit,
+        "token_budget": max(rollout.token_budget, 2 * limit),
+        "seed": recipe.run.seed,
+    }
+    return EngineConfig.model_validate(values)
+
+
+def _learner(
+    recipe: RlRecipe,
+    policy: Decoder,
+    hybrid: HybridEngine,
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> Learner:
+    critic = None
+    if recipe.algorithm.kind == "ppo":
+        path = recipe.critic.path or recipe.model.path
+        model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
+        critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
+    return Learner(
+        _trained(policy, recipe.optim, recipe.run.seed),
+        critic,
+        recipe.algorithm,
+        _distribution(recipe),
+        _correction(recipe, hybrid),
+        recipe.run.seed,
+        device,
+    )
+
+
+def _trained(model: torch.nn.Module, settings: OptimSection, seed: int) -> Trained:
+    optimizer = AdamW(trained(model), settings, seed)
+    return Trained(model, optimizer, Gradients(model.parameters()), settings.grad_clip)
+
+
+def _distribution(recipe: RlRecipe) -> Distribution:
+    rollout = recipe.rollout
+    return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
+
+
+def _is_exact(recipe: RlRecipe, hybrid: HybridEngine) -> bool:
+    """Whether a rollout's log-probs are the trainer's bits: its own weights, on the CPU."""
+    return hybrid.is_exact and recipe.model.device == "cpu"
+
+
+def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
+    asked = recipe.algorithm.correction
+    if asked != "auto":
+        return asked
+    return "none" if _is_exact(recipe, hybrid) else "token_truncate"
+
+
+def _models(
+    recipe: RlRecipe,
+    policy: Decoder,
+    hybrid: HybridEngine,
+    learner: Learner,
+    base: Path,
+    device: torch.device,
+) -> Models:
+    """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
+    scored = partial(_logprobs, recipe=recipe, device=device)
+    reference = None
+    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+        path = resolve_model(recipe.reference) if recipe.reference else base
+        frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
+        reference = partial(scored, frozen)
+    critic = learner.critic
+    return Models(
+        policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
+        reference=reference,
+        critic=None if critic is None else partial(_values, critic.model, recipe, device),
+    )
+
+
+@torch.no_grad()
+def _logprobs(
+    model: Decoder, rollouts: Sequence[Rollout], *, recipe: RlRecipe, device: torch.device
+) -> Tensor:
+    distribution, size = _distribution(recipe), recipe.algorithm.micro_tokens
+    parts = micro_batches(rollouts, size)
+    found = [completion_logprobs(model, p, distribution, device=device)[0].cpu() for p in parts]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+@torch.no_grad()
+def _values(
+    critic: torch.nn.Module, recipe: RlRecipe, device: torch.device, rollouts: Sequence[Rollout]
+) -> Tensor:
+    parts = micro_batches(rollouts, recipe.algorithm.micro_tokens)
+    found = [values_of(critic, part, device).cpu() for part in parts]  # type: ignore[arg-type]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def _eval_prompts(recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None) -> PromptStream | None:
+    return PromptStream(recipe.prompts, tokenizer, task, "eval") if recipe.eval.every else None
+
+
+class _Named:
+    """A task's method as a reward."""
+
+    def __init__(self, name: str, method: Callable[[Sequence[Sample]], list[float] | None]) -> None:
+        self.name = name
+        self._method = method
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """The method's numbers."""
+        return self._method(samples) or [0.0] * len(samples)
+
+
+def _rewards(
+    recipe: RlRecipe, own: Sequence[Reward], task: Task | None, tokenizer: Tokenizer
+) -> RewardSum:
+    """The recipe's rewards, or the caller's; a task's gold metric is logged beside them."""
+    if own:
+        pairs: list[tuple[Reward, RewardSection]] = [
+            (r, RewardSection(kind="function")) for r in own
+        ]
+    else:
+        pairs = [(_reward(section, task, recipe, tokenizer), section) for section in recipe.rewards]
+    if task is not None and task.gold(()) is not None:
+        pairs.append((_Named("gold", task.gold), RewardSection(weight=0.0)))
+    return RewardSum(pairs)
+
+
+def _reward(
+    section: RewardSection, task: Task | None, recipe: RlRecipe, tokenizer: Tokenizer
+) -> Reward:
+    match section.kind:
+        case "task":
+            assert task is not None, "checked by the recipe"
+            return _Named(task.name, task.reward)
+        case "function":
+            return FunctionReward(section.path, section.timeout_s)
+        case "http":
+            return HttpReward(section.path, section.timeout_s, section.retries)
+        case "model":
+            check_tokenizer(resolve_model(section.path), tokenizer, "rewards.path")
+            return ModelReward(section.path, recipe.model, recipe.algorithm.micro_tokens)
+
+
+def _controller(recipe: RlRecipe) -> KLController:
+    settings = recipe.algorithm
+    return KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+
+
+def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
+    folder = recipe.run.output
+    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor()]
+    hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
+    hooks += [Dump(folder)] if recipe.run.dump else []
+    return hooks

@@ -1,0 +1,212 @@
+"""The recipe of reinforcement learning: one section a concern. Imports no torch.
+
+Field descriptions are the help text and the docs table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sterna.train.config import (
+    CheckpointSection,
+    ModelSection,
+    OptimSection,
+    ScheduleSection,
+    Section,
+)
+
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+
+
+class PromptSection(Section):
+    """Where prompts come from."""
+
+    path: str = Field(
+        default="", description="JSONL of rows with `prompt` (text, messages or token ids); "
+        "other columns go to the rewards",
+    )  # fmt: skip
+    task: str = Field(
+        default="", description="a built-in task that makes prompts and rewards them; excludes path"
+    )
+    options: dict[str, int | float | str] = Field(
+        default_factory=dict, description="of the task, such as {max_number = 99}"
+    )
+    system: str = Field(default="", description="system prompt of text prompts")
+    render: Literal["auto", "chat", "plain"] = Field(
+        default="auto", description="text prompts through the chat template, where there is one"
+    )
+    max_tokens: int = Field(default=512, gt=0, description="longer prompts are dropped, counted")
+    seed: int = Field(default=0, ge=0, description="of the order and of a task's prompts")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> PromptSection:
+        if bool(self.path) == bool(self.task):
+            raise ValueError("give either prompts.path or prompts.task")
+        return self
+
+
+class RolloutSection(Section):
+    """How completions are made."""
+
+    prompts_per_step: int = Field(default=8, gt=0, description="different prompts of one step")
+    group_size: int = Field(default=4, gt=0, description="completions of each prompt")
+    max_tokens: int = Field(default=128, gt=0, description="longest completion")
+    temperature: float = Field(default=1.0, gt=0, description="of the sampling distribution")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; log-probs follow it")
+    top_k: int = Field(default=0, ge=0, description="0 = off; log-probs follow it")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
+    weights: str = Field(
+        default="policy",
+        description="policy = the trainer's own; fp6, int8, ... = a quantised copy, made anew "
+        "after each step, its mismatch corrected",
+    )
+    speculation: bool = Field(
+        default=False, description="guess tokens ahead (siblings share a suffix tree); same tokens"
+    )
+    token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
+    kv_tokens: int = Field(
+        default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
+    )
+
+
+class AlgorithmSection(Section):
+    """From rewards to gradients."""
+
+    kind: Algorithm = Field(
+        default="grpo", description="ppo (critic, GAE), grpo, rloo, or reinforce (batch baseline)"
+    )
+    kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the reference")
+    kl_in: Literal["auto", "reward", "loss"] = Field(
+        default="auto", description="auto = reward for ppo, rloo and reinforce, loss for grpo"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="in the loss; in the reward it is k1"
+    )
+    kl_target: float | None = Field(
+        default=None, gt=0, description="nats a completion; adapts kl_coef (arXiv 1909.08593)"
+    )
+    kl_horizon: int = Field(default=10_000, gt=0, description="completions of that adaptation")
+    eps_low: float = Field(default=0.2, gt=0, lt=1, description="clip of the ratio from below")
+    eps_high: float = Field(default=0.2, gt=0, description="and above; DAPO: 0.28")
+    dual_clip: float = Field(default=0.0, ge=0, description="bound for bad actions; 3 is usual")
+    loss: Literal["clip", "cispo"] = Field(default="clip", description="arXiv 2506.13585 = cispo")
+    ratio: Literal["token", "sequence"] = Field(default="token", description="sequence = GSPO")
+    aggregate: Literal["token", "sequence", "fixed"] = Field(
+        default="token", description="mean over tokens (DAPO), completions (GRPO), or Dr.GRPO's"
+    )
+    scale: Literal["group", "batch", "none"] = Field(
+        default="group", description="deviation that group advantages are divided by"
+    )
+    entropy_coef: float = Field(default=0.0, ge=0, description="bonus on the entropy")
+    epochs: int = Field(default=1, gt=0, description="passes over a step's rollouts")
+    minibatches: int = Field(default=1, gt=0, description="optimizer steps a pass")
+    micro_tokens: int = Field(default=4096, gt=0, description="tokens run at once")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="ppo: discount")
+    lam: float = Field(default=0.95, ge=0, le=1, description="ppo: lambda of GAE")
+    value_clip: float = Field(default=0.2, ge=0, description="ppo: 0 = plain squared error")
+    whiten: bool = Field(default=True, description="ppo, reinforce: normalise advantages")
+    reward_clip: float = Field(default=0.0, ge=0, description="rewards are held within +-this")
+    missing_eos_penalty: float = Field(
+        default=0.0, ge=0, description="taken from completions that ended by length"
+    )
+    mask_truncated: bool = Field(
+        default=False, description="do not train completions that ended by length"
+    )
+    dynamic_sampling: int = Field(
+        default=0, ge=0, description="times that groups of equal rewards are drawn anew (DAPO)"
+    )
+    correction: Literal[
+        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = Field(
+        default="auto",
+        description="importance weights of rollouts whose log-probs are not the trainer's; auto = "
+        "none where they are equal bits, else token_truncate",
+    )
+    correction_high: float = Field(default=2.0, gt=0, description="cap of that weight")
+    correction_low: float = Field(default=0.0, ge=0, description="bottom of the masks")
+
+
+class CriticSection(Section):
+    """PPO's value function."""
+
+    path: str = Field(
+        default="", description="model (or reward model) it starts from; empty = the policy's own"
+    )
+    optim: OptimSection = Field(
+        default=OptimSection(lr=1e-5), description="of the critic; see [optim]"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="first steps that train the critic alone"
+    )
+
+
+class RewardSection(Section):
+    """One reward; a completion's is the weighted sum."""
+
+    kind: Literal["task", "function", "model", "http"] = Field(
+        default="task", description="the task's own, a Python function, a reward model, a server"
+    )
+    path: str = Field(
+        default="", description="function: file.py:name; model: folder; http: URL of the server"
+    )
+    weight: float = Field(default=1.0, description="in the sum; 0 = only logged (a gold metric)")
+    timeout_s: float = Field(default=30.0, gt=0, description="of an http call or a function")
+    retries: int = Field(default=3, ge=0, description="of an http call")
+    on_error: Literal["fail", "drop"] = Field(
+        default="fail", description="a reward that raises or is NaN: stop, or drop the completion"
+    )
+
+
+class RlRunSection(Section):
+    """How long and where to."""
+
+    output: Path = Field(default=Path("runs/align"), description="folder of the run")
+    steps: int = Field(default=100, gt=0, description="rollout steps")
+    seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
+    samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
+
+
+class RlEvalSection(Section):
+    """Rewards on prompts that are not trained on."""
+
+    every: int = Field(default=0, ge=0, description="steps between evals; 0 = none")
+    prompts: int = Field(default=32, gt=0, description="held-out prompts of one eval")
+    temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
+
+
+class RlRecipe(Section):
+    """Everything a run of reinforcement learning is made of."""
+
+    model: ModelSection = ModelSection()
+    reference: str = Field(
+        default="", description="model of the KL term; empty = the policy as it starts"
+    )
+    prompts: PromptSection
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    critic: CriticSection = CriticSection()
+    rewards: tuple[RewardSection, ...] = Field(
+        default=(RewardSection(),), min_length=1, description="see [[rewards]]"
+    )
+    optim: OptimSection = OptimSection(lr=1e-6)
+    schedule: ScheduleSection = ScheduleSection(kind="constant")
+    run: RlRunSection = RlRunSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: RlEvalSection = RlEvalSection()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RlRecipe:
+        kind, size = self.algorithm.kind, self.rollout.group_size
+        if kind in ("grpo", "rloo") and size < 2:
+            raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
+        if self.algorithm.dynamic_sampling and kind != "grpo":
+            raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        has_task = bool(self.prompts.task)
+        if not has_task and any(reward.kind == "task" for reward in self.rewards):
+            raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
+        return self

@@ -1,0 +1,84 @@
+"""The figures of a step, by the names that TRL's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sterna.align.experience import Experience, share_without_spread
+from sterna.align.rollout import Rollout
+
+
+def step_figures(
+    experience: Experience,
+    drawn: Sequence[Rollout],
+    learnt: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """`drawn`: all rollouts of the step, also those whose reward failed."""
+    num_tokens = sum(len(rollout.completion) for rollout in drawn)
+    found = {
+        **reward_figures(experience),
+        **completion_figures(drawn),
+        **learnt,
+        **mismatch_figures(experience),
+        "frac_reward_zero_std": share_without_spread(experience.rollouts, experience.scores),
+        "completions/dropped": float(len(drawn) - len(experience.rollouts)),
+    }
+    if experience.ref_logprobs is not None:
+        d = experience.old_logprobs - experience.ref_logprobs
+        found["kl"] = _mean(experience.layout.sums(d))
+    total = max(sum(seconds.values()), 1e-9)
+    found |= {f"time/{name}": round(value, 4) for name, value in seconds.items()}
+    found["time/step"] = round(total, 4)
+    found["tokens_per_s/generate"] = round(num_tokens / max(seconds["generate"], 1e-9), 1)
+    found["samples_per_s"] = round(len(drawn) / total, 2)
+    return found
+
+
+def reward_figures(experience: Experience) -> dict[str, float]:
+    """Of the sum and of each part."""
+    scores = experience.scores
+    found = {"reward": _mean(scores), "reward_std": _std(scores)}
+    for name, values in experience.rewards.parts.items():
+        found |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": _std(values)}
+    return found
+
+
+def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths, and the share that did not end by itself."""
+    lengths = torch.tensor([float(len(rollout.completion)) for rollout in drawn])
+    truncated = torch.tensor([float(rollout.is_truncated) for rollout in drawn])
+    return {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(lengths.min()) if len(lengths) else 0.0,
+        "completions/max_length": float(lengths.max()) if len(lengths) else 0.0,
+        "completions/clipped_ratio": _mean(truncated),
+        "completions/eos_ratio": 1.0 - _mean(truncated),
+    }
+
+
+def mismatch_figures(experience: Experience) -> dict[str, float]:
+    """Of the trainer's log-probs against the rollouts': 0 and 1 where both are equal bits."""
+    mask = experience.layout.mask
+    gap = (experience.old_logprobs - experience.rollout_logprobs)[mask].double()
+    if not len(gap):
+        return {}
+    ratio = gap.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": float(gap.abs().mean()),
+        "sampling/sampling_logp_difference/max": float(gap.abs().max()),
+        "sampling/importance_sampling_ratio/min": float(ratio.min()),
+        "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
+        "sampling/importance_sampling_ratio/max": float(ratio.max()),
+    }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if len(values) else 0.0
+
+
+def _std(values: Tensor) -> float:
+    return float(values.double().std()) if len(values) > 1 else 0.0

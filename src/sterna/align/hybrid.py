@@ -1,0 +1,248 @@
+"""The hybrid engine: the trainer's weights, read where they are by the serving engine.
+
+There is no weight transfer. The engine runs on the trainer's own Decoder: its kernels read the
+plain [N, K] parameters that the optimizer writes in place, with the bits they would give of packed
+ones. `publish` says that the weights have changed: a new policy version, and no cached prefix is
+found again. On a CPU a rollout's log-probs are therefore the trainer's, bit for bit.
+
+With `weights = "fp6"` (or another format) rollouts run on a quantised copy, which `publish` makes
+anew in place; its log-probs differ from the trainer's, and the loop corrects for that.
+
+Between rollouts `sleep` gives the KV cache's memory back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from sterna.align.rollout import Rollout
+from sterna.core.errors import SternaError, TrainError
+from sterna.engine.config import EngineConfig
+from sterna.engine.engine import Engine
+from sterna.engine.request import (
+    Delta,
+    EngineRequest,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+)
+from sterna.model.decoder import Decoder
+from sterna.quant.formats import parse_format
+from sterna.quant.linear import QuantModule, quant_modules, replace_weight, weight_shapes
+from sterna.quant.rtn import quantize_weight
+from sterna.text.tokenizer import Tokenizer
+
+POLICY = "policy"  # rollouts on the trainer's own weights
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. The defaults are what policy gradients assume: all of p."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Growing:
+    """A sample while it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class HybridEngine:
+    """Rollouts from a model in training. One thread; not while a training step runs."""
+
+    def __init__(
+        self,
+        policy: Decoder,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        weights: str = POLICY,
+    ) -> None:
+        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's."""
+        self.version = 0
+        self._policy = policy
+        self._format = None if weights == POLICY else parse_format(weights)
+        self._served = policy if self._format is None else _shared_copy(policy)
+        if self._format is not None:
+            self._requantise()
+        self._engine = Engine(self._served, tokenizer, config)
+        self._ids = itertools.count()
+        self._is_asleep = False
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below, for its statistics and hooks."""
+        return self._engine
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether rollouts read the trainer's own weights."""
+        return self._served is self._policy
+
+    def publish(self) -> None:
+        """The weights have changed: nothing computed with the old ones is used again.
+
+        TrainError while completions are under way: they would mix two policies unnoticed.
+        """
+        if self._engine.has_work:
+            raise TrainError(
+                "the weights changed while completions were under way; finish or abort them before "
+                "the optimizer step, or ask for versions a token"
+            )
+        self._engine.pool.clear_cache()
+        if self._format is not None:
+            self._requantise()
+        self.version += 1
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back; the next rollout takes it again by itself."""
+        if self._engine.has_work:
+            raise TrainError("completions are under way; they need the KV cache")
+        self._engine.pool.clear_cache()
+        self._engine.runner.discard_cache()
+        self._is_asleep = True
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> list[Rollout]:
+        """`group_size` completions of each prompt, ordered by prompt, then sample.
+
+        `seeds`: one a prompt; the same prompt, seed and weights give the same tokens whatever runs
+        beside them. Raises RequestError for a prompt that does not fit, StepError when a forward
+        failed.
+        """
+        params = [_params(sampling, group_size, seed) for seed in seeds]
+        requests = [
+            EngineRequest(
+                request_id=f"rollout-{next(self._ids)}",
+                prompt_token_ids=tuple(int(t) for t in prompt),
+                params=each,
+            )
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
+        if self._is_asleep:
+            self._engine.runner.restore_cache()
+            self._is_asleep = False
+        samples = self._run(requests)
+        return [
+            self._rollout(i, j, request, samples[request.request_id, j])
+            for i, request in enumerate(requests)
+            for j in range(group_size)
+        ]
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self._engine.close()
+
+    def _run(self, requests: Sequence[EngineRequest]) -> Mapping[tuple[str, int], _Growing]:
+        found: dict[tuple[str, int], _Growing] = {}
+        try:
+            for request in requests:
+                self._engine.add(request)
+            while self._engine.has_work:
+                for output in self._engine.step():
+                    _collect(output, found)
+        finally:
+            for request in requests:
+                self._engine.abort(request.request_id)
+        return found
+
+    def _rollout(
+        self, prompt_idx: int, sample_idx: int, request: EngineRequest, sample: _Growing
+    ) -> Rollout:
+        return Rollout(
+            prompt_idx=prompt_idx,
+            sample_idx=sample_idx,
+            prompt=np.array(request.prompt_token_ids, np.int32),
+            completion=np.array(sample.tokens, np.int32),
+            mask=np.ones(len(sample.tokens), np.bool_),
+            logprobs=np.array(sample.logprobs, np.float32),
+            policy_version=self.version,
+            is_truncated=sample.finish_reason is FinishReason.LENGTH,
+        )
+
+    @torch.no_grad()
+    def _requantise(self) -> None:
+        """Round the policy's weights into the copy, in place once it exists."""
+        assert self._format is not None
+        modules = dict(quant_modules(self._served))
+        for name, _, _, is_gated in weight_shapes(self._policy):
+            plain = self._policy.get_parameter(f"{name}.weight").detach()
+            weight = quantize_weight(
+                plain, self._format, search="absmax", is_gated=is_gated, name=name
+            )
+            if name in modules:
+                _overwrite(modules[name], weight.tiles, weight.scales, weight.row_formats)
+            else:
+                replace_weight(self._served, name, weight)
+
+
+def _overwrite(
+    module: QuantModule, tiles: torch.Tensor, scales: torch.Tensor, formats: torch.Tensor | None
+) -> None:
+    """A recorded step keeps the addresses of the tensors, so they are filled, not replaced."""
+    module.tiles.copy_(tiles)
+    module.scales.copy_(scales)
+    if formats is not None and module.row_formats is not None:
+        module.row_formats.copy_(formats)
+
+
+def _shared_copy(policy: Decoder) -> Decoder:
+    """A decoder with modules of its own whose parameters are the policy's."""
+    copy = Decoder(policy.config, policy.dtype, "meta", rope_device=policy.device)
+    for name, parameter in policy.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        module: nn.Module = copy.get_submodule(parent)
+        module.register_parameter(leaf, parameter)
+    return copy
+
+
+def _params(sampling: Sampling, group_size: int, seed: int) -> SamplingParams:
+    return SamplingParams(
+        n=group_size,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=0,
+        logprobs_mode="processed",
+        seed=seed,
+        skip_special_tokens=False,
+    )
+
+
+def _collect(output: RequestOutput, found: dict[tuple[str, int], _Growing]) -> None:
+    for delta in output.deltas:
+        _check(delta)
+        sample = found.setdefault((output.request_id, delta.index), _Growing())
+        sample.tokens.extend(delta.token_ids)
+        sample.logprobs.extend(entry.logprob for entry in delta.logprobs or ())
+        sample.finish_reason = delta.finish_reason or sample.finish_reason
+
+
+def _check(delta: Delta) -> None:
+    error: SternaError | None = delta.error
+    if error is not None:
+        raise error

@@ -1,0 +1,276 @@
+"""From an experience to new weights: epochs over minibatches, each one optimizer step.
+
+Token weights are computed over a whole minibatch and every micro-batch adds its part, so the
+gradient does not depend on `micro_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sterna.align.config import AlgorithmSection
+from sterna.align.experience import Experience, kl_place
+from sterna.align.flat import Layout, layout_of, token_weights
+from sterna.align.kl import kl_estimate
+from sterna.align.loss import (
+    PolicyLossSettings,
+    explained_variance,
+    policy_loss,
+    rollout_correction,
+    value_loss,
+)
+from sterna.align.rollout import Rollout
+from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
+from sterna.core.errors import NonFiniteError
+from sterna.data.order import Permutation, mix
+from sterna.kernels.scores import Distribution
+from sterna.model.batch import Batch
+from sterna.train.gradients import Gradients
+from sterna.train.optim import AdamW
+from sterna.train.step import TrainModel
+
+
+class ValueFunction(Protocol):
+    """What a critic is: a value for every token of a batch."""
+
+    def values(self, batch: Batch) -> Tensor:
+        """float32 [T], with a graph."""
+        ...
+
+
+@dataclass(slots=True)
+class Trained:
+    """A model, its optimizer and the gradients of its step."""
+
+    model: Any
+    optimizer: AdamW
+    gradients: Gradients
+    grad_clip: float
+    num_updates: int = 0
+
+    def update(self, lr: float, what: str) -> float:
+        """One optimizer step; returns the gradient's norm before clipping.
+
+        NonFiniteError, with the weights as they were, when it is NaN or infinite.
+        """
+        norm = math.sqrt(float(self.gradients.square_sum()))
+        if not math.isfinite(norm):
+            self.gradients.clear()
+            raise NonFiniteError(
+                f"the gradient norm of the {what} is {norm}; its weights are unchanged. Lower the "
+                "learning rate or look at the step's rewards"
+            )
+        scale = self.grad_clip / norm if self.grad_clip and norm > self.grad_clip else 1.0
+        self.optimizer.step(self.gradients, self.num_updates, lr, scale)
+        self.num_updates += 1
+        return norm
+
+
+def values_of(critic: ValueFunction, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+    """[N]: what the critic expected before each completion token."""
+    found = critic.values(rollout_batch(rollouts, device))
+    return found.index_select(0, completion_rows(rollouts).to(found.device))
+
+
+class Learner:
+    """Trains a policy, and a critic where there is one."""
+
+    def __init__(
+        self,
+        policy: Trained,
+        critic: Trained | None,
+        settings: AlgorithmSection,
+        distribution: Distribution,
+        correction: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.policy = policy
+        self.critic = critic
+        self._settings = settings
+        self._distribution = distribution
+        self._correction: Any = correction
+        self._seed = seed
+        self._device = device
+        self._loss = PolicyLossSettings(
+            settings.loss, settings.ratio, settings.eps_low, settings.eps_high, settings.dual_clip
+        )
+
+    def learn(
+        self,
+        experience: Experience,
+        step: int,
+        kl_coef: float,
+        lr: float,
+        critic_lr: float,
+        max_tokens: int,
+        trains_policy: bool = True,
+    ) -> dict[str, float]:
+        """All epochs of a step; returns what to log of them. NonFiniteError as `Trained.update`."""
+        logs: dict[str, list[float]] = defaultdict(list)
+        for epoch in range(self._settings.epochs):
+            for chosen in self._minibatches(len(experience.rollouts), step, epoch):
+                weights = self._weights(experience, chosen, max_tokens)
+                if not float(weights.sum()):
+                    continue  # nothing in it is trained
+                parts = list(_cut(experience, chosen, weights, self._settings.micro_tokens))
+                if trains_policy:
+                    for name, value in self._policy_step(parts, kl_coef, lr).items():
+                        logs[name].append(value)
+                if self.critic is not None:
+                    for name, value in self._critic_step(self.critic, parts, critic_lr).items():
+                        logs[name].append(value)
+        if experience.values is not None and experience.returns is not None:
+            of = (experience.values, experience.returns, experience.layout.mask)
+            logs["explained_variance"].append(explained_variance(*of))
+        return {name: _merged(name, values) for name, values in logs.items()}
+
+    def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
+        order = Permutation(count, mix(self._seed, step, epoch)) if count else None
+        turn = [order(i) for i in range(count)] if order is not None else []
+        number = min(self._settings.minibatches, count)
+        for i in range(number):
+            yield sorted(turn[count * i // number : count * (i + 1) // number])
+
+    def _weights(self, experience: Experience, chosen: Sequence[int], max_tokens: int) -> Tensor:
+        layout = _chosen_layout(experience.layout, chosen)
+        return token_weights(layout, self._settings.aggregate, max_tokens)
+
+    def _policy_step(self, parts: Sequence[_Part], kl_coef: float, lr: float) -> dict[str, float]:
+        logs: dict[str, float] = defaultdict(float)
+        self.policy.gradients.begin(len(parts))
+        for part in parts:
+            self._policy_micro(part, kl_coef, logs)
+            self.policy.gradients.add()
+        logs["grad_norm"] = self.policy.update(lr, "policy")
+        return dict(logs)
+
+    def _policy_micro(self, part: _Part, kl_coef: float, logs: dict[str, float]) -> None:
+        model: TrainModel = self.policy.model
+        logprobs, entropy = completion_logprobs(
+            model, part.rollouts, self._distribution, device=self._device
+        )
+        logprobs, entropy = logprobs.cpu(), entropy.cpu()
+        correction = None
+        if self._correction != "none":
+            settings = self._settings
+            correction = rollout_correction(
+                part.layout, part.old, part.drawn, self._correction,
+                settings.correction_high, settings.correction_low,
+            )  # fmt: skip
+        found = policy_loss(
+            part.layout, logprobs, part.old, part.advantages, part.weights, self._loss, correction
+        )
+        loss = found.loss
+        if part.ref is not None:
+            kind = self._settings.kl_estimator
+            safe = torch.where(part.layout.mask, logprobs - part.ref, 0.0)
+            kl = (part.weights * kl_estimate(safe, torch.zeros_like(safe), kind)).sum()
+            logs["kl_loss"] += float(kl.detach())
+            if kl_place(self._settings) == "loss" and kl_coef:
+                loss = loss + kl_coef * kl
+        mean_entropy = torch.where(part.layout.mask, part.weights * entropy, 0.0).sum()
+        if self._settings.entropy_coef:
+            loss = loss - self._settings.entropy_coef * mean_entropy
+        torch.autograd.backward(loss)
+        logs["loss"] += float(loss.detach())
+        logs["entropy"] += float(mean_entropy.detach())
+        logs["clip_ratio/low_mean"] += float(found.clipped_low)
+        logs["clip_ratio/high_mean"] += float(found.clipped_high)
+        logs["ratio/mean"] += float(found.ratio_mean)
+        logs["ratio/max"] = max(logs.get("ratio/max", 0.0), float(found.ratio_max))
+        logs["ratio/min"] = min(logs.get("ratio/min", math.inf), float(found.ratio_min))
+        logs["approx_kl"] += float(found.approx_kl)
+
+    def _critic_step(self, critic: Trained, parts: Sequence[_Part], lr: float) -> dict[str, float]:
+        logs: dict[str, float] = defaultdict(float)
+        critic.gradients.begin(len(parts))
+        for part in parts:
+            assert part.values is not None, "a critic was asked"
+            assert part.returns is not None, "a critic was asked"
+            values = values_of(critic.model, part.rollouts, self._device).cpu()
+            loss, share = value_loss(
+                values, part.values, part.returns, part.weights, self._settings.value_clip
+            )
+            torch.autograd.backward(loss)
+            critic.gradients.add()
+            logs["value_loss"] += float(loss.detach())
+            logs["value_clip_ratio"] += float(share)
+        logs["value_grad_norm"] = critic.update(lr, "critic")
+        return dict(logs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The completions of one micro-batch; fields [n] of the experience."""
+
+    rollouts: tuple[Rollout, ...]
+    layout: Layout
+    weights: Tensor
+    drawn: Tensor
+    old: Tensor
+    advantages: Tensor
+    ref: Tensor | None
+    values: Tensor | None
+    returns: Tensor | None
+
+
+def _rows(layout: Layout, chosen: Sequence[int]) -> Tensor:
+    """[n] int64: the tokens of the chosen completions."""
+    starts = layout.starts.tolist()
+    parts = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _chosen_layout(layout: Layout, chosen: Sequence[int]) -> Layout:
+    lengths = layout.starts.diff().tolist()
+    return layout_of([lengths[i] for i in chosen], layout.mask[_rows(layout, chosen)])
+
+
+def _cut(
+    experience: Experience, chosen: Sequence[int], weights: Tensor, micro_tokens: int
+) -> Iterator[_Part]:
+    """The minibatch in micro-batches of at most `micro_tokens` tokens, prompts included."""
+    at, micro, room = 0, list[int](), 0
+    cuts: list[tuple[list[int], int]] = []
+    for i in chosen:
+        size = experience.rollouts[i].num_tokens
+        if micro and size > room:
+            cuts.append((micro, at))
+            at += sum(len(experience.rollouts[j].completion) for j in micro)
+            micro, room = [], 0
+        room = (micro_tokens if not micro else room) - size
+        micro.append(i)
+    cuts.append((micro, at))
+    for members, begin in cuts:
+        yield _part(experience, members, weights, begin)
+
+
+def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> _Part:
+    rows = _rows(experience.layout, members)
+    take: Callable[[Tensor | None], Any] = lambda x: None if x is None else x[rows]  # noqa: E731
+    return _Part(
+        rollouts=tuple(experience.rollouts[i] for i in members),
+        layout=_chosen_layout(experience.layout, members),
+        weights=weights[begin : begin + len(rows)],
+        drawn=take(experience.rollout_logprobs),
+        old=take(experience.old_logprobs),
+        advantages=take(experience.advantages),
+        ref=take(experience.ref_logprobs),
+        values=take(experience.values),
+        returns=take(experience.returns),
+    )
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    """Of the updates of a step: the extreme of an extreme, the mean of anything else."""
+    if name.endswith("/max"):
+        return max(values)
+    return min(values) if name.endswith("/min") else sum(values) / len(values)

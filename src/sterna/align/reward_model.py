@@ -1,0 +1,35 @@
+"""A trained reward model as a reward: its number at the last token of prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sterna.align.reward import Sample
+from sterna.align.score import micro_batches, rollout_batch
+from sterna.model.hub import resolve_model
+from sterna.model.value import load_value_model
+from sterna.train.config import ModelSection
+
+
+class ModelReward:
+    """Reads the rollout's own token ids, so its tokenizer has to be the policy's."""
+
+    name = "model"
+
+    def __init__(self, path: str, model: ModelSection, micro_tokens: int) -> None:
+        self._model = load_value_model(resolve_model(path), model.dtype, model.device)
+        self._model.requires_grad_(False)
+        self._device = torch.device(model.device)
+        self._micro_tokens = micro_tokens
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """The score at the last token, which is the end token where one was generated."""
+        found: list[float] = []
+        for part in micro_batches([sample.rollout for sample in samples], self._micro_tokens):
+            batch = rollout_batch(part, self._device)
+            values = self._model.values(batch)
+            found.extend(values[batch.query_starts[1:].long() - 1].tolist())
+        return found

@@ -1,0 +1,95 @@
+"""A run's state as tensors and JSON, and back: with it a run goes on bit by bit on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sterna.model.save import hf_config
+from sterna.model.weights import split_parts
+from sterna.train import checkpoint
+from sterna.train.checkpoint import Snapshot
+from sterna.version import __version__
+
+if TYPE_CHECKING:
+    from sterna.align.rltrainer import RlTrainer
+
+
+@dataclass(slots=True)
+class RlCounters:
+    """Counts since the first step."""
+
+    step: int = 0
+    num_completions: int = 0
+    seconds: float = 0.0
+
+
+def snapshot(trainer: RlTrainer) -> Snapshot:
+    """A copy of everything that later steps do not touch."""
+    parts, learner = trainer.parts, trainer.parts.learner
+    model = learner.policy.model
+    names = model.config.family.hf_names
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True)
+        for own, parameter in model.named_parameters()
+        for name, tensor in split_parts(own, parameter.detach(), names, model.config)
+    }
+    state = {key: value.detach().to("cpu", copy=True) for key, value in _tensors(trainer).items()}
+    meta = {
+        "sterna": __version__,
+        "counters": asdict(trainer.counters),
+        "prompts": {"position": parts.prompts.position, "too_long": parts.prompts.num_too_long},
+        "kl_coef": parts.kl.coef,
+        "policy_version": parts.hybrid.version,
+        "updates": [
+            learner.policy.num_updates,
+            learner.critic.num_updates if learner.critic else 0,
+        ],
+        "recipe": parts.recipe.model_dump(mode="json"),
+    }
+    return Snapshot(
+        trainer.counters.step, tensors, hf_config(model), dict(parts.files), state, meta
+    )
+
+
+def restore(folder: Path, trainer: RlTrainer) -> None:
+    """Take over a checkpoint's state; the policy's weights were read when it was built."""
+    parts, learner = trainer.parts, trainer.parts.learner
+    meta: dict[str, Any] = checkpoint.read_meta(folder)
+    for name, value in meta["counters"].items():
+        setattr(trainer.counters, name, value)
+    parts.prompts.position = meta["prompts"]["position"]
+    parts.prompts.num_too_long = meta["prompts"]["too_long"]
+    parts.kl.coef = meta["kl_coef"]
+    parts.hybrid.version = meta["policy_version"]
+    learner.policy.num_updates = meta["updates"][0]
+    if learner.critic is not None:
+        learner.critic.num_updates = meta["updates"][1]
+    state = _tensors(trainer)
+    checkpoint.load_state(folder, state)
+    torch.set_rng_state(state["rng/cpu"])
+
+
+def _tensors(trainer: RlTrainer) -> dict[str, Tensor]:
+    """Optimizer states, critic and EMA by key, themselves and not copies."""
+    learner = trainer.parts.learner
+    found = _of_optimizer("optim", learner.policy.optimizer.state_dict())
+    if learner.critic is not None:
+        found |= _of_optimizer("critic_optim", learner.critic.optimizer.state_dict())
+        found |= {f"critic/{n}": p.detach() for n, p in learner.critic.model.named_parameters()}
+    if trainer.parts.ema is not None:
+        found |= {f"ema/{name}": value for name, value in trainer.parts.ema.averages.items()}
+    found["rng/cpu"] = torch.get_rng_state()
+    return {key: tensor for key, tensor in found.items() if tensor.numel()}
+
+
+def _of_optimizer(prefix: str, states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{prefix}/{name}/{key}": tensor
+        for name, each in states.items()
+        for key, tensor in each.items()
+    }

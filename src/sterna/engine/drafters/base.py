@@ -1,0 +1,53 @@
+"""What a drafter is: it guesses a sequence's next tokens; verification decides which were right.
+
+Drafters never change output. A wrong draft costs rows of one step, so each brings its own estimate
+of how likely its tokens are, and `speculate` weighs that against the price of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+from sterna.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A linear continuation after a sequence's last token."""
+
+    tokens: list[int]
+    probs: list[float]  # estimated P(token i is accepted | the ones before it were)
+    source: str  # name of the drafter
+
+    @property
+    def expected_accepted(self) -> float:
+        """Tokens expected to survive verification: the sum of the prefixes' probabilities."""
+        return sum(accumulate(self.probs, lambda path, prob: path * prob))
+
+
+class Drafter(Protocol):
+    """Proposes drafts. Called from the engine thread only; one drafter serves one engine."""
+
+    name: str
+
+    def start(self, seq: Sequence) -> None:
+        """A sequence joined; its prompt is known. Also called after preemption: idempotent."""
+
+    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
+        """`tokens` were committed to the sequence's output, in order, after `start`.
+
+        `seq.output` already holds them. A token reaches `extend` exactly once, also across
+        preemptions.
+        """
+
+    def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
+        """One draft a sequence, of 1 to `limits[i]` tokens; None where there is nothing to say.
+
+        Changes no state that a later proposal depends on. A limit of 0 gives None.
+        """
+
+    def finish(self, seq: Sequence) -> None:
+        """The sequence ended (also by abort): forget it. Unknown sequences are ignored."""
