@@ -146,6 +146,12 @@ def is_value_folder(path: Path) -> bool:
     return str(names[0]).endswith(_SUFFIX)
 
 
+def is_native_value_folder(path: Path) -> bool:
+    """Whether a sequence classification model is of a native family."""
+    names = _read_config(path).get("architectures") or [""]
+    return str(names[0]) in {_classifier(family.architecture) for family in FAMILIES}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():

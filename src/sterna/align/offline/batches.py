@@ -56,6 +56,6 @@ def key_of(sequence: Document) -> bytes:
 
 def sums(*columns: Tensor) -> Tensor:
     """[F, 2] float64 of F columns of values: sum and number of each."""
-    pairs = [(float(c.sum(dtype=torch.float64)), float(c.numel())) for c in columns]
-    device = columns[0].device
-    return torch.tensor(pairs, dtype=torch.float64, device=device)
+    found = [c.detach().double().sum() for c in columns]
+    counts = torch.tensor([float(c.numel()) for c in columns], dtype=torch.float64)
+    return torch.stack([torch.stack(found), counts.to(columns[0].device)], 1)

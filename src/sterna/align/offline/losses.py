@@ -106,7 +106,7 @@ class KtoLoss(RowLoss):
         gains = chosen.beta * (logps - ref).detach()
         kl = self._kl.expand(len(answers))
         columns = (gains[label], gains[~label], logps[label], logps[~label], kl)
-        return losses.sum(), sums(*(column.detach() for column in columns))
+        return losses.sum(), sums(*columns)
 
     def _both(self, model: Any, found: Sequence[Document]) -> tuple[Tensor, Tensor]:
         batch, targets = batch_of(found, model.device)
