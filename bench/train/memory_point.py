@@ -1,11 +1,12 @@
 """One training step in a process of its own, measured: run by memory.py and planner.py.
 
-    python memory_point.py JOB.json -> one JSON line {"peak": bytes, "base": bytes, "seconds": s}
+    python memory_point.py JOB.json -> one JSON line {"peak": bytes, "data": bytes, "seconds": s}
 
 With `cap` the process may have that much writable memory (RLIMIT_DATA), and a step that needs more
 ends it with exit code 3. A job's `system` is sterna, transformers or deepspeed. All train a
 Llama-shaped model with random weights in bfloat16 by AdamW with bfloat16 moments and no float32
-master, on a row of random tokens made of documents of `document` tokens (transformers: one).
+master (Sterna: or as `states`, `master` and `offload` say), on a row of random tokens made of
+documents of `document` tokens (transformers: one).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +37,8 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_DATA, (job["cap"], job["cap"]))
     base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    data = [status("VmData")]
+    threading.Thread(target=watch, args=(data,), daemon=True).start()
     started = time.perf_counter()
     try:
         for _ in range(job.get("steps", 1)):
@@ -44,8 +48,15 @@ def main() -> int:
             return OOM
         raise
     print(json.dumps({"peak": status("VmHWM"), "base": base, "libs": job["libs"], "loss": loss,
-                      "seconds": time.perf_counter() - started}))  # fmt: skip
+                      "data": max(data), "seconds": time.perf_counter() - started}))  # fmt: skip
     return 0
+
+
+def watch(data: list[int]) -> None:
+    """What RLIMIT_DATA counts, ten times a second; `data` keeps the largest."""
+    while True:
+        data[0] = max(data[0], status("VmData"))
+        time.sleep(0.1)
 
 
 def status(key: str) -> int:
@@ -69,6 +80,9 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
     from sterna.train.init_weights import init_weights
     from sterna.train.longseq.apply import apply_longseq
     from sterna.train.longseq.config import LongseqSection
+    from sterna.train.offload.config import OffloadSection
+    from sterna.train.offload.homes import new_home
+    from sterna.train.offload.weights import LEAST, WeightTier
     from sterna.train.optim import AdamW
     from sterna.train.step import TrainStep, cross_entropy
 
@@ -81,7 +95,13 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
         decoder = Decoder(config, torch.bfloat16)
         init_weights(decoder, 0)
     decoder.requires_grad_(True).train()
-    apply_longseq(decoder, LongseqSection(**job["longseq"]), Path(job["folder"]))
+    offload, home, weights = OffloadSection(**job.get("offload", {})), None, None
+    if offload.states != "memory":
+        home = new_home(offload.states, decoder.device, Path(job["folder"]))
+    if offload.weights != "memory":
+        weights = WeightTier(list(decoder.layers), home, lambda t: t.numel() >= LEAST)
+    settings = LongseqSection(**job["longseq"])
+    apply_longseq(decoder, settings, Path(job["folder"]), weights=weights)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, decoder.config.vocab_size, job["seq_len"]).astype(np.int32)
     pieces = np.split(tokens, range(job["document"], len(tokens), job["document"]))
@@ -89,7 +109,8 @@ def sterna(job: dict[str, Any]) -> Callable[[], float]:
         [Document(piece, np.append(piece[1:], -100).astype(np.int32), 0) for piece in pieces]
     )
     settings = OptimSection(states=job.get("states", "bfloat16"), master=job.get("master", False))
-    optimiser = AdamW(decoder.named_parameters(), settings)
+    places = weights.places if weights is not None else {}
+    optimiser = AdamW(decoder.named_parameters(), settings, 0, home, places)
     rows = job["longseq"].get("head_rows") or None
     chunked = partial(cross_entropy, chunk_rows=rows)  # as the trainer's tasks do
     loss = full_logits if job.get("full_logits") else chunked
@@ -160,7 +181,7 @@ def deepspeed(job: dict[str, Any]) -> Callable[[], float]:
         tile_mlp(layer.mlp, TiledMLP, job["seq_len"])
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     labels = torch.nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:]
-    shards = max(1, job["seq_len"] * job["config"]["vocab_size"] * 4 // 2**30)
+    shards = -(-job["seq_len"] // 256)  # Sterna's rows of logits; ALST's own are 1 GiB of them
 
     def loss_of(head: Any, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = head.lm_head(hidden).float()

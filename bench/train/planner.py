@@ -27,6 +27,7 @@ from sterna.core.rundir import write_atomic
 from sterna.model.config import parse_config
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.memory import Job, Layout, Shape, estimate
+from sterna.train.offload.config import OffloadSection
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,6 +41,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # (hidden, blocks, vocabulary): where the head, the blocks or the states are the largest part.
 SIZES = [(256, 4, 32_000), (256, 8, 8_000), (512, 4, 8_000), (768, 4, 16_000), (256, 2, 128_256)]
 LENGTHS = (1024, 4096)
+# Float32 moments and masters in memory, on disk, and the weights with them.
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "float32 states": {},
+    "states on disk": {"states": "disk"},
+    "states and weights on disk": {"states": "disk", "weights": "disk"},
+}
 
 
 def main() -> int:
@@ -50,6 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     grid = [(size, length, name) for i, (size, length, name) in
             enumerate(itertools.product(SIZES, LENGTHS, SETTINGS)) if i % 2 == 0]  # fmt: skip
+    grid += list(itertools.product(SIZES, LENGTHS[1:], OFFLOADS))
     rows = [point(*p, args.threads) for p in track(grid, description="points")]
     errors = [abs(row["error"]) for row in rows]
     facts = {"machine": fingerprint().as_dict(), "median_error": statistics.median(errors),
@@ -65,12 +73,15 @@ def main() -> int:
 def point(size: tuple[int, int, int], length: int, name: str, threads: int) -> dict[str, Any]:
     """One size and setting, both ways."""
     config = llama(*size)
-    settings = SETTINGS[name]
-    found = measure(threads, config=config, seq_len=length, longseq=settings, steps=2, document=512)
+    is_full = name in OFFLOADS
+    settings, away = SETTINGS["disk" if is_full else name], OFFLOADS.get(name, {})
+    states = "float32" if is_full else "bfloat16"
+    found = measure(threads, config=config, seq_len=length, longseq=settings, steps=2, document=512,
+                    states=states, master=is_full, offload=away)  # fmt: skip
     assert found is not None
     shape = Shape.of(parse_config({**config, "architectures": ["LlamaForCausalLM"]}, "bench"))
-    job = Job(length, 2, "bfloat16", has_master=False)
-    predicted = estimate(shape, job, LongseqSection(**settings), Layout())
+    job = Job(length, 2, states, has_master=is_full)
+    predicted = estimate(shape, job, LongseqSection(**settings), Layout(), OffloadSection(**away))
     measured = found["peak"] - found["libs"]
     row = {"hidden": size[0], "layers": size[1], "vocab": size[2], "tokens": length,
            "settings": name, "measured": measured, "predicted": predicted.peak,
@@ -85,7 +96,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 5))
-    for name in SETTINGS:
+    for name in (*SETTINGS, *OFFLOADS):
         mine = [row for row in rows if row["settings"] == name]
         axes.scatter([r["measured"] / 1e6 for r in mine], [r["predicted"] / 1e6 for r in mine],
                      label=name, s=18)  # fmt: skip

@@ -48,9 +48,10 @@ def plan(
     hbm
         Memory of a GPU in GB (10^9 bytes).
     host_ram
-        Memory of a node for checkpoints in GB; 0 = none of it. For a CPU: all it may use; 0 = free.
+        Memory of a node for checkpoints and optimizer states in GB; 0 = none of it. For a CPU: all
+        it may use; 0 = free.
     disk
-        Space of a node for checkpoints in GB; 0 = none.
+        Space of a node for checkpoints and optimizer states in GB; 0 = none.
     tflops
         Peak bfloat16 rate of a device; 0 = an H100's 989, or this CPU's measured by a matmul.
     dtype
@@ -131,12 +132,14 @@ def _as_dict(chosen: Any, reasons: tuple[str, ...], longest: int) -> dict[str, A
         "fits": not reasons,
         "reasons": list(reasons),
         "longseq": chosen.settings.model_dump(mode="json", exclude_defaults=True),
+        "offload": chosen.offload.model_dump(mode="json", exclude_defaults=True),
         "parallel": {"dp": chosen.dp, "sp": chosen.layout.sp, "shards": chosen.layout.shards},
         "peak_bytes": {"expected": chosen.peak[0], "with_margin": chosen.peak[1]},
         "peak_in": chosen.estimate.peak_moment,
         "parts": chosen.estimate.parts,
         "host_bytes": chosen.estimate.host,
         "disk_bytes": chosen.estimate.disk,
+        "moved_bytes": chosen.estimate.moved,
         "step_seconds": list(chosen.seconds),
         "longest_row": longest,
     }
@@ -157,6 +160,8 @@ def _show(shape: Any, chosen: Any, reasons: tuple[str, ...], longest: int, machi
     table = Table("", "nearest" if reasons else "plan", box=None)
     settings = chosen.settings.model_dump(mode="json", exclude_defaults=True)
     table.add_row("[longseq]", json.dumps(settings) if settings else "(nothing)")
+    away = chosen.offload.model_dump(mode="json", exclude_defaults=True)
+    table.add_row("[offload]", json.dumps(away) if away else "(nothing)")
     table.add_row("[parallel]", f"dp {chosen.dp}, sp {chosen.layout.sp}, weights over "
                   f"{chosen.layout.shards}")  # fmt: skip
     peak = [value / GIB for value in chosen.peak]
@@ -164,12 +169,14 @@ def _show(shape: Any, chosen: Any, reasons: tuple[str, ...], longest: int, machi
                   f"{peak[1]:.2f} with the margin of {MEMORY_ERROR:.0%}")  # fmt: skip
     for name, value in chosen.estimate.parts.items():
         table.add_row(f"  {name}", f"{value / GIB:.2f} GiB")
-    table.add_row("checkpoints", f"host {chosen.estimate.host / GIB:.1f} GiB, disk "
-                  f"{chosen.estimate.disk / GIB:.1f} GiB a device")  # fmt: skip
+    table.add_row("other tiers", f"host {chosen.estimate.host / GIB:.1f} GiB, disk "
+                  f"{chosen.estimate.disk / GIB:.1f} GiB a device; offloading "
+                  f"moves {chosen.estimate.moved / GIB:.1f} GiB a step")  # fmt: skip
     fast, slow = chosen.seconds
     table.add_row("step", f"{fast:,.1f} to {slow:,.1f} s a micro-batch ({EFFICIENCY[0]:.0%} to "
                   f"{EFFICIENCY[1]:.0%} of {machines.flops / 1e12:,.2f} TFLOP/s)")  # fmt: skip
     table.add_row("longest row", f"{longest:,} tokens on these machines")
     console.print(table)
-    console.print("Counted from sizes (train/memory.py); states are not offloaded; "
-                  "for GPUs nothing of this was measured.", style="dim")  # fmt: skip
+    console.print("Counted from sizes (train/memory.py); the time of "
+                  "offloading is not in it; for GPUs nothing of this was measured.",
+                  style="dim")  # fmt: skip

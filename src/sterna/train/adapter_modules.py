@@ -104,7 +104,7 @@ class AdapterPart(nn.Module):
         return moved * (self.magnitude / self.norms(weight))[:, None]
 
     def _moved(self, weight: Tensor) -> Tensor:
-        return weight.to(self.A.dtype) + self.scaling * (self.B @ self.A)
+        return weight.to(self.A) + self.scaling * (self.B @ self.A)
 
 
 class AdaptedModule(nn.Module):

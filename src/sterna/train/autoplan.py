@@ -34,9 +34,11 @@ def chosen(recipe: Recipe, shape: Shape, mesh: Mesh, shards: int) -> LongseqSect
     job, sp = job_of(recipe), mesh.sp.size
     mine = torch.tensor(free_memory(recipe.model.device), dtype=torch.float64, device=mesh.device)
     free = float(total(mine, mesh.data, "min"))
+    away = recipe.offload
     rungs = list(ladder(recipe.model.device != "cpu", True, shards > 1, shape.has_experts))
+    rungs = [rung for rung in rungs if rung.checkpoint or away.weights == "memory"]
     for settings in rungs:
-        peak = estimate(shape, job, settings, Layout(sp, shards)).peak * (1 + MEMORY_ERROR)
+        peak = estimate(shape, job, settings, Layout(sp, shards), away).peak * (1 + MEMORY_ERROR)
         if peak <= free:
             said = settings.model_dump(exclude_defaults=True) or "nothing"
             _log.info("longseq.auto: %s, %.1f of %.1f GiB", said, peak / GIB, free / GIB)

@@ -30,6 +30,7 @@ from sterna.train.hooks import Hook
 from sterna.train.lora import Lora
 from sterna.train.metrics import MetricsFile
 from sterna.train.neftune import Neftune, embedding_of
+from sterna.train.offload.place import offload
 from sterna.train.optim import AdamW
 from sterna.train.parts import Parts, trained
 from sterna.train.pretrain import Pretrain
@@ -73,7 +74,9 @@ def build(
     positions = positions_of(recipe, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    recipe = use_longseq(model, recipe, mesh, shards_of(recipe.parallel, mesh).size)
+    away = offload(recipe, model, mesh)
+    num_shards = shards_of(recipe.parallel, mesh).size
+    recipe = use_longseq(model, recipe, mesh, num_shards, away.weights)
     shards = spread(model, recipe.parallel, mesh)
     weights = trained(model)
     return Trainer(
@@ -85,7 +88,7 @@ def build(
             task=task,
             model=model,
             step=_new_step(recipe, mesh, model, task, shards.size > 1),
-            optimizer=AdamW(weights, recipe.optim, recipe.run.seed),
+            optimizer=AdamW(weights, recipe.optim, recipe.run.seed, away.home, away.places),
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             loader=_loader(recipe.data, tokenizer, mesh, "train", positions),
             eval_rows=_eval_rows(recipe, tokenizer, mesh, positions),

@@ -15,6 +15,7 @@ from sterna.parallel.config import ParallelConfig
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.distill.config import DistillSection
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.offload.config import OffloadSection
 
 Kind = Literal["sft", "pretrain", "distill", "reward", "dpo", "kto"]
 
@@ -217,6 +218,9 @@ class Recipe(Section):
     )
     longseq: LongseqSection = Field(
         default_factory=lambda: LongseqSection.model_validate({}), description="see its keys"
+    )
+    offload: OffloadSection = Field(
+        default_factory=lambda: OffloadSection.model_validate({}), description="see its keys"
     )
     parallel: ParallelConfig = Field(
         default_factory=lambda: ParallelConfig.model_validate({}), description="see its keys"

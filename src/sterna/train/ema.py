@@ -32,7 +32,8 @@ class Ema:
         for name, average in self.averages.items():
             master = states[name].get("master")
             weight = local(self._weights[name].detach()).float() if master is None else master
-            average.lerp_(weight.view_as(average), 1 - self._decay)
+            here = weight.view_as(average).to(average.device)  # an offloaded master is elsewhere
+            average.lerp_(here, 1 - self._decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -11,8 +11,12 @@ blocks, T tokens of a rank (S / sp), b bytes a number, r rows of a logits chunk.
     head       4 r V logits, b r V their gradient, (4 + 3 b) V D weight gradients and copies
     ring       2 b T (Q + O) of the all-to-all when sp > 1
 
-The peak is the largest of three moments: the head's backward, the backward of the last block and
-the optimizer. Constants are those of this code (`bench/train/planner.py` measures the error).
+Offloaded (one rank): master and moments are in their tier, and two buffers of a slice on the device
+in the optimizer's moment; of the blocks' weights two blocks are there, one computing, one arriving.
+
+The peak is the largest of five moments: the head's backward, that of the last block, that of the
+first block (the others' gradients are there, their checkpoints gone), the embedding's, the
+optimizer. Constants are those of this code (`bench/train/planner.py` measures the error).
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sterna.train.longseq.config import LongseqSection, chunk_rows_of
+from sterna.train.offload.config import OffloadSection
 
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.04}
 RUNTIME_BYTES = 50 << 20  # scratch of threads, code of kernels at first use
 OPTIM_BYTES = 28 << 20  # float32 slices of 2^20 weights
+SLICE = 1 << 20  # train/optim.py
+KEPT = OffloadSection.model_validate({})
 PARTIAL_BYTES = 256 << 20  # kernels/cpu_backend.py: above it heads share their key sums
 
 
@@ -116,6 +123,7 @@ class Estimate:
     moments: dict[str, float]
     host: float
     disk: float
+    moved: float = 0.0  # by offloading, to and from the tiers in a step
 
     @property
     def peak(self) -> float:
@@ -128,11 +136,22 @@ class Estimate:
         return max(self.moments, key=lambda name: self.moments[name])
 
 
-def estimate(shape: Shape, job: Job, settings: LongseqSection, layout: Layout) -> Estimate:
-    """The memory of one rank's step, without what the process takes before it has a model."""
+def estimate(
+    shape: Shape,
+    job: Job,
+    settings: LongseqSection,
+    layout: Layout,
+    offload: OffloadSection = KEPT,
+) -> Estimate:
+    """The memory of one rank's step, without what the process takes before it has a model.
+
+    `offload` counts for all weights; an adapter's run has its frozen base in the tier alone.
+    """
     tokens = -(-job.tokens // layout.sp)
     tables = 4.0 * shape.positions * shape.head_dim
+    away, buffers = _offloaded(shape, job, offload)
     states = shape.weights * _state_bytes(job) / layout.shards + tables + RUNTIME_BYTES
+    states += buffers["weights"] - sum(away.values())
     gathered = _gathered(shape, job, layout)
     saved, kept = _saved(shape, job, settings, tokens)
     head, head_grads = _head(shape, job, settings, tokens)
@@ -141,16 +160,39 @@ def estimate(shape: Shape, job: Job, settings: LongseqSection, layout: Layout) -
     sums = 4 * shape.weights / layout.shards if job.sums_micros and job.dtype_bytes < 4 else 0.0
     rows = 2 * job.dtype_bytes * tokens * shape.hidden  # the last block's output, normed
     table = shape.vocab * shape.hidden * job.dtype_bytes
+    behind = (shape.layers - 1) * shape.block_weights + shape.vocab * shape.hidden  # the head's
+    others = behind * job.dtype_bytes / layout.shards
     moments = {
         "head": states + sums + saved + rows + head + gathered,
         "block": states + sums + saved + rows + head_grads + block + gathered,
+        "first block": states + sums + others + saved / shape.layers + rows / 2 + block + gathered,
         "embedding": states + sums + grads + 2 * table + rows,
-        "optimizer": states + sums + grads + OPTIM_BYTES,
+        "optimizer": states + sums + grads + OPTIM_BYTES + buffers["states"],
     }
     parts = {"states": states, "gradients": grads + sums, "saved": saved, "block": block,
              "head": head, "gathered": gathered}  # fmt: skip
-    host = kept if settings.tier == "host" else 0.0
-    return Estimate(parts, moments, host, kept if settings.tier == "disk" else 0.0)
+    tiers = {"memory": 0.0, "host": 0.0, "disk": 0.0}
+    tiers[settings.tier] += kept
+    tiers[offload.states] += away["states"]
+    tiers[offload.weights] += away["weights"]
+    moved = 2 * away["states"] + 4 * away["weights"]  # forward, backward, and the update both ways
+    return Estimate(parts, moments, tiers["host"], tiers["disk"], moved)
+
+
+def _offloaded(
+    shape: Shape, job: Job, offload: OffloadSection
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(bytes in the tiers, buffers on the device for them), of states and of weights."""
+    away, buffers = dict.fromkeys(("states", "weights"), 0.0), {"states": 0.0, "weights": 0.0}
+    state, b = _state_bytes(job) - job.dtype_bytes, job.dtype_bytes
+    if offload.weights != "memory":
+        away["weights"] = float(shape.layers * shape.block_weights * b)
+        buffers["weights"] = 2.0 * shape.block_weights * b
+        buffers["states"] = 2.0 * SLICE * b
+    if offload.states != "memory":
+        away["states"] = shape.weights * state
+        buffers["states"] += 2.0 * SLICE * state
+    return away, buffers
 
 
 def _state_bytes(job: Job) -> float:

@@ -9,19 +9,23 @@ rung for a run that met the limit all the same. Memory is `memory.estimate`; tim
                  it runs again
     time         FLOPs / (peak rate x efficiency), for the two efficiencies assumed (EFFICIENCY)
 
-Optimizer states stay on the device: offloading them is not built, so a plan never counts on it.
+One device may also keep optimizer states, then the blocks' weights, in the memory of the host (a
+GPU) or on disk: tried after all settings that move nothing; the bytes moved are printed, their time
+is not in the step's, since copies run beside the computation.
 Nothing here was run on a GPU: rates and memory of one are its maker's figures.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sterna.core.errors import ConfigError
 from sterna.train.longseq.config import LongseqSection
-from sterna.train.memory import Estimate, Job, Layout, Shape, estimate
+from sterna.train.memory import KEPT, Estimate, Job, Layout, Shape, estimate
+from sterna.train.offload.config import OffloadSection
 
 GIB = float(1 << 30)
 # Measured against predicted on a CPU: bench/train/planner.py. The margin a plan keeps free.
@@ -57,6 +61,7 @@ class Plan:
     dp: int
     estimate: Estimate
     seconds: tuple[float, float]  # a step, fast and slow
+    offload: OffloadSection
 
     @property
     def peak(self) -> tuple[float, float]:
@@ -93,6 +98,16 @@ def ladder(
         yield least.model_copy(update={"tier": "disk"})
 
 
+def offloads(machines: Machines) -> Iterator[OffloadSection]:
+    """What may be offloaded, least first: nothing, states, states and weights of one device."""
+    yield KEPT
+    tier = "host" if machines.is_gpu else "disk"
+    has_room = machines.host > 0 if machines.is_gpu else machines.disk > 0
+    if machines.world == 1 and has_room:
+        yield OffloadSection.model_validate({"states": tier})
+        yield OffloadSection.model_validate({"states": tier, "weights": tier})
+
+
 def _rung(**values: Any) -> LongseqSection:
     return LongseqSection.model_validate(values)
 
@@ -110,12 +125,15 @@ def plan(shape: Shape, job: Job, machines: Machines) -> Plan | Refusal:
         )
     nearest: Plan | None = None
     for sp in _degrees(shape, machines.world):
-        shards = machines.world
-        for settings in ladder(machines.is_gpu, machines.disk > 0, shards > 1, shape.has_experts):
-            found = _plan_of(shape, job, machines, settings, Layout(sp, shards))
+        layout, is_cut = Layout(sp, machines.world), machines.world > 1
+        rungs = list(ladder(machines.is_gpu, machines.disk > 0, is_cut, shape.has_experts))
+        for offload, settings in itertools.product(offloads(machines), rungs):
+            if offload.weights != "memory" and not settings.checkpoint:
+                continue
+            found = _plan_of(shape, job, machines, settings, layout, offload)
             if not _lacks(found, machines):
                 return found
-            if nearest is None or found.estimate.peak < nearest.estimate.peak:
+            if nearest is None or _excess(found, machines) < _excess(nearest, machines):
                 nearest = found
     assert nearest is not None
     return Refusal(nearest, _lacks(nearest, machines))
@@ -150,12 +168,17 @@ def _degrees(shape: Shape, world: int) -> list[int]:
 
 
 def _plan_of(
-    shape: Shape, job: Job, machines: Machines, settings: LongseqSection, layout: Layout
+    shape: Shape,
+    job: Job,
+    machines: Machines,
+    settings: LongseqSection,
+    layout: Layout,
+    offload: OffloadSection,
 ) -> Plan:
-    found = estimate(shape, job, settings, layout)
+    found = estimate(shape, job, settings, layout, offload)
     work = step_flops(shape, job, settings.checkpoint) / layout.sp
     fast, slow = (work / (machines.flops * e) for e in reversed(EFFICIENCY))
-    return Plan(settings, layout, machines.world // layout.sp, found, (fast, slow))
+    return Plan(settings, layout, machines.world // layout.sp, found, (fast, slow), offload)
 
 
 def step_flops(shape: Shape, job: Job, recomputes: bool) -> float:
@@ -167,6 +190,14 @@ def step_flops(shape: Shape, job: Job, recomputes: bool) -> float:
     pairs = job.tokens * (longest + 1) / 2
     once = 4.0 * pairs * shape.attention * shape.layers
     return dense + once * (4.5 if recomputes else 3.5)
+
+
+def _excess(found: Plan, machines: Machines) -> float:
+    """How many times over what is there the plan goes where it goes over most."""
+    pairs = [(found.peak[1], machines.memory)]
+    pairs += [(found.estimate.host * machines.devices, machines.host)]
+    pairs += [(found.estimate.disk * machines.devices, machines.disk)]
+    return max(need / max(there, 1.0) for need, there in pairs)
 
 
 def _lacks(found: Plan, machines: Machines) -> tuple[str, ...]:
@@ -183,13 +214,13 @@ def _lacks(found: Plan, machines: Machines) -> tuple[str, ...]:
     per_node = machines.devices
     if found.estimate.host * per_node > machines.host:
         reasons.append(
-            f"{found.estimate.host * per_node / GIB:.1f} GiB of checkpoints a node in host memory, "
-            f"{machines.host / GIB:.1f} are there"
+            f"{found.estimate.host * per_node / GIB:.1f} GiB of checkpoints and states a node in "
+            f"host memory, {machines.host / GIB:.1f} are there"
         )
     if found.estimate.disk * per_node > machines.disk:
         reasons.append(
-            f"{found.estimate.disk * per_node / GIB:.1f} GiB of checkpoints a node on disk, "
-            f"{machines.disk / GIB:.1f} are there"
+            f"{found.estimate.disk * per_node / GIB:.1f} GiB of checkpoints and states a node on "
+            f"disk, {machines.disk / GIB:.1f} are there"
         )
     return tuple(reasons)
 

@@ -27,6 +27,7 @@ FREE = (
     "eval.*",
     "data.prefetch",
     "longseq.folder",
+    "offload.*",  # the same bits wherever they wait
     "model.path",  # weights come from the checkpoint; but an adapter's or student's base does not
     "parallel.timeout_s",
 )

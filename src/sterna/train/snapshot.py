@@ -18,10 +18,14 @@ from sterna.version import __version__
 
 
 def take_snapshot(parts: Parts, counters: Counters, loader_state: dict[str, Any]) -> Snapshot:
-    """A copy of everything, on the CPU, that later steps do not touch. All ranks call it."""
+    """A copy of everything, on the CPU, that later steps do not touch. All ranks call it.
+
+    With offloaded states it is no copy: they are not for memory, so the write has to end first.
+    """
+    is_copy = not parts.optimizer.is_offloaded
     weights = parts.task.weights(parts.model)
-    tensors = gathered(weights.tensors, parts.mesh)
-    state = {key: _copy(tensor) for key, tensor in state_tensors(parts).items()}
+    tensors = gathered(weights.tensors, parts.mesh, is_copy)
+    state = {key: _on_cpu(tensor, is_copy) for key, tensor in state_tensors(parts).items()}
     meta = {
         "sterna": __version__,
         "world": {"dp": parts.mesh.dp.size, "sp": parts.mesh.sp.size},
@@ -33,12 +37,14 @@ def take_snapshot(parts: Parts, counters: Counters, loader_state: dict[str, Any]
     return Snapshot(counters.step, tensors, weights.config, files, state, meta)
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+def gathered(
+    tensors: Iterable[tuple[str, Tensor]], mesh: Mesh, is_copy: bool = True
+) -> dict[str, Tensor]:
     """Copies of named tensors on the main rank; the others only take part in gathering shards."""
     kept = {}
     for name, tensor in tensors:
         if mesh.is_main:
-            kept[name] = _copy(tensor)
+            kept[name] = _on_cpu(tensor, is_copy)
     return kept
 
 
@@ -81,5 +87,5 @@ def _set_rng(state: dict[str, Tensor], parts: Parts) -> None:
         torch.cuda.set_rng_state(state[_rng_key(parts, "cuda")], parts.mesh.device)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _on_cpu(tensor: Tensor, is_copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=is_copy)

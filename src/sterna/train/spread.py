@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sterna.core.errors import ConfigError
 from sterna.model.hf import HFDecoder
 from sterna.parallel.config import ParallelConfig
 from sterna.parallel.fsdp import shard_model
@@ -14,6 +15,7 @@ from sterna.train.config import Recipe
 from sterna.train.foreign_shape import foreign_shape
 from sterna.train.longseq.apply import apply_longseq
 from sterna.train.memory import Shape
+from sterna.train.offload.weights import WeightTier
 
 
 def shards_of(config: ParallelConfig, mesh: Mesh) -> Axis:
@@ -35,19 +37,27 @@ def spread(model: Any, config: ParallelConfig, mesh: Mesh) -> Axis:
     return shards
 
 
-def use_longseq(model: Any, recipe: Recipe, mesh: Mesh, num_shards: int) -> Recipe:
+def use_longseq(
+    model: Any, recipe: Recipe, mesh: Mesh, num_shards: int, weights: WeightTier | None = None
+) -> Recipe:
     """Switch on the recipe's checkpoints and tiles; the recipe with what longseq.auto chose.
 
-    All ranks call it, before `spread`. ConfigError for what FSDP2 does not allow,
-    UnsupportedModelError for a model behind transformers whose layers cannot be proven to work in
-    tiles.
+    `weights` moves those of the blocks. All ranks call it, before `spread`. ConfigError for what
+    FSDP2 or offloading does not allow, UnsupportedModelError for a model behind transformers whose
+    layers cannot be proven to work in tiles.
     """
     settings = recipe.longseq
     if settings.auto and not is_chosen(settings):
         settings = chosen(recipe, _shape_of(model), mesh, num_shards)
         recipe = recipe.model_copy(update={"longseq": settings})
+    if weights is not None and not settings.checkpoint:
+        raise ConfigError(
+            "offload.weights needs longseq.checkpoint = true: without it a block's backward reads "
+            "weights that are away",
+            param="offload.weights",
+        )
     if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
-        apply_longseq(model, settings, recipe.run.output, num_shards > 1)
+        apply_longseq(model, settings, recipe.run.output, num_shards > 1, weights)
     return recipe
 
 

@@ -191,6 +191,8 @@ class Trainer:
         self._saved_step = self.counters.step
         snapshot = take_snapshot(self.parts, self.counters, position)
         self._checkpointer.save(snapshot, self.counters.best_step)
+        if self.parts.optimizer.is_offloaded:  # the snapshot is what the next step changes
+            self._checkpointer.wait()
 
     def _saved(self, folder: Path) -> None:
         for hook in self.parts.hooks:

@@ -108,7 +108,7 @@ def test_8bit_second_moments_decay_and_never_reach_zero():
         p.grad = torch.full_like(p, 1.0 if t == 0 else 1e-3)
         p.grad[:, 0] = 1e-6  # the least of its block by far
         optimizer.step(grads, t, 1e-4)
-    _, v = optim._load(optimizer.state_dict()["w"], slice(0, 1024))
+    _, v = optim._load(optimizer.state_dict()["w"])
     exact = 0.05 * 0.95**59 + 1e-6 * (1 - 0.95**59)
     assert (v.view(4, 256)[:, 1:].mean() / exact).item() == pytest.approx(1, abs=0.15)
     assert (v > 0).all()

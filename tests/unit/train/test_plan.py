@@ -22,6 +22,7 @@ from sterna.train.longseq.config import LongseqSection
 from sterna.train.loop import train
 from sterna.train.memory import Job, Layout, Shape, estimate
 from sterna.train.metrics import read_metrics
+from sterna.train.offload.config import OffloadSection
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
@@ -76,7 +77,31 @@ def test_what_does_not_fit_says_what_is_lacking():
     found = plan.plan(SHAPE, Job(500_000), plan.Machines(1, memory=80e9, host=1e9))
     assert isinstance(found, plan.Refusal)
     assert "the largest part is states (104." in found.reasons[0]
-    assert "GiB of checkpoints a node in host memory, 0.9 are there" in found.reasons[1]
+    beyond = plan.plan(SHAPE, Job(500_000), plan.Machines(1, memory=80e9, host=200e9))
+    assert isinstance(beyond, plan.Refusal)
+    assert "GiB of checkpoints and states a node in host memory, 186.3 are" in beyond.reasons[0]
+
+
+def test_offloaded_states_count_where_they_wait():
+    """12 bytes a weight of the states are float32 (training.md E3: 96 GB); blocks' weights 2."""
+    states = OffloadSection(states="disk")
+    both = OffloadSection(states="disk", weights="disk")
+    kept, away, bare = (estimate(SHAPE, Job(1024), ALL, Layout(), o)
+                        for o in (OffloadSection(), states, both))  # fmt: skip
+    assert away.disk == 12 * SHAPE.weights and bare.disk - away.disk == 64 * SHAPE.block_weights
+    assert kept.moments["block"] - away.moments["block"] == 12 * SHAPE.weights
+    # two buffers of a block stay on the device
+    assert away.moments["block"] - bare.moments["block"] == 60 * SHAPE.block_weights
+    assert bare.moved == 2 * away.disk + 4 * 64 * SHAPE.block_weights
+
+
+def test_one_gpu_trains_half_a_million_tokens_of_llama_8b_with_a_large_host():
+    found = plan.plan(SHAPE, Job(500_000), plan.Machines(1, memory=80e9, host=400e9))
+    assert isinstance(found, plan.Plan) and found.offload.states == "host"
+    small = plan.plan(SHAPE, Job(2048), plan.Machines(1, memory=200e9, host=400e9))
+    assert isinstance(small, plan.Plan) and small.offload == OffloadSection()
+    many = plan.plan(SHAPE, Job(500_000), plan.Machines(2, memory=40e9, host=4e12))
+    assert many.nearest.offload == OffloadSection()  # refused on more than one rank
 
 
 def test_more_sums_and_masters_cost_their_bytes():

@@ -22,6 +22,7 @@ from sterna.train.longseq.blocks import LongBlock, checkpointed
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.foreign import apply_foreign
 from sterna.train.longseq.store import DiskStore, HostStore, MemoryStore, Store
+from sterna.train.offload.weights import OffloadedBlock, WeightTier, posed
 
 
 def apply_longseq(
@@ -29,12 +30,14 @@ def apply_longseq(
     settings: LongseqSection,
     folder: Path | None = None,
     is_sharded: bool = False,
+    weights: WeightTier | None = None,
 ) -> None:
     """Train `decoder` in the memory `settings` allow. Values are those of the plain forward.
 
     `folder`: where tier disk writes when the settings name none. `is_sharded`: FSDP2 holds the
-    weights, or will: call it before FSDP2 wraps the blocks. Raises ConfigError for combinations
-    and UnsupportedModelError for models behind transformers that cannot be proven.
+    weights, or will: call it before FSDP2 wraps the blocks. `weights`: moves the blocks' weights,
+    which needs checkpoints and a native model. Raises ConfigError for combinations and
+    UnsupportedModelError for models behind transformers that cannot be proven.
     """
     if is_sharded and settings.every > 1:
         raise ConfigError(
@@ -47,6 +50,11 @@ def apply_longseq(
         apply_foreign(decoder, settings, store)
         return
     blocks = [LongBlock(block, settings, store) for block in _blocks(decoder)]
+    if weights is not None:
+        assert settings.checkpoint
+        blocks = [
+            OffloadedBlock(one.block, settings, store, weights, i) for i, one in enumerate(blocks)
+        ]
     if settings.checkpoint and settings.every > 1:
         decoder.walk = Segments(blocks, settings.every)
         return
@@ -81,7 +89,8 @@ def _forward_of(block: LongBlock) -> Any:
             return Block.forward(self, h, batch, table, rows)
         if not block.settings.checkpoint:
             return block.in_tiles(h, batch, table)
-        return checkpointed([block], h, batch, [table])
+        with posed([block]):
+            return checkpointed([block], h, batch, [table])
 
     return forward
 
@@ -99,6 +108,7 @@ class Segments:
         at = 0
         for segment in self._segments:
             tables = [decoder.rope_of(i) for i in range(at, at + len(segment))]
-            h = checkpointed(segment, h, batch, tables)
+            with posed(segment):
+                h = checkpointed(segment, h, batch, tables)
             at += len(segment)
         return h

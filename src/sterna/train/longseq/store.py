@@ -145,10 +145,10 @@ class HostStore:
 
     def _slot(self, slot: int, like: Tensor) -> Tensor:
         if slot == len(self._slots):
-            self._slots.append(_pinned(like))
+            self._slots.append(pinned(like))
         if self._slots[slot].shape != like.shape or self._slots[slot].dtype != like.dtype:
             self._stream.synchronize()  # the old slot may still be read
-            self._slots[slot] = _pinned(like)
+            self._slots[slot] = pinned(like)
         return self._slots[slot]
 
 
@@ -157,7 +157,7 @@ def _bytes(flat: Tensor) -> memoryview:
     return memoryview(data)
 
 
-def _pinned(like: Tensor) -> Tensor:
+def pinned(like: Tensor) -> Tensor:
     """Page-locked memory of exactly this size."""
     plain = torch.empty(like.shape, dtype=like.dtype)
     cuda: Any = torch.cuda
