@@ -174,6 +174,7 @@ def _checked(recipe: Recipe, mesh: Mesh) -> OfflineRecipe:
         "model.config": recipe.model.config is not None,
         "model.neftune_alpha": recipe.model.neftune_alpha > 0,
         "[loss]": recipe.loss != LossSection(),
+        "offload.weights": recipe.offload.weights != "memory",
         "[longseq] beyond head_rows": recipe.longseq != head_only,
         "parallel.sp above 1": mesh.sp.size > 1,
         'parallel.shard on several ranks (set it to "none")': mesh.data.size > 1
