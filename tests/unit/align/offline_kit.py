@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sterna.align.offline.config import OfflineRecipe
 from sterna.align.offline.task import choose_task
+from sterna.core.errors import SternaError
 from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
 from sterna.train.recipe import make_recipe, merge_into
@@ -84,3 +85,12 @@ def lines(made, kind="step"):
     return [
         line for line in read_metrics(made.run.output / "metrics.jsonl") if line["kind"] == kind
     ]
+
+
+def run_rank(folder, kind, sections):
+    """A run on this rank: its loss, eval loss and last figures, or the refusal."""
+    try:
+        result = run(recipe(Path(folder), kind, **sections))
+    except SternaError as error:
+        return type(error).__name__, error.message
+    return result.loss, result.eval_loss

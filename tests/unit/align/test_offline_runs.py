@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from sterna.core.errors import ConfigError
 from sterna.model.value import load_value_model
+from sterna.parallel.launch import LocalRanks
 from sterna.train.recipe import to_toml
 
 LN2 = float(torch.tensor(0.5).log().neg())  # in float32, as the loss computes it
@@ -170,3 +172,38 @@ def test_recipes(offline, tmp_path):
     with pytest.raises(ConfigError, match="set by the kind"):
         offline.recipe(tmp_path, data={"rows": "labelled"})
     assert math.isclose(LN2, math.log(2), rel_tol=1e-7)
+
+
+RANK = f"{Path(__file__).with_name('offline_kit.py')}:run_rank"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    local = LocalRanks()
+    yield local
+    local.close()
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "kto"])
+def test_two_ranks_change_nothing_but_rounding(offline, ranks, own_home, tmp_path, kind):
+    offline.recipe(tmp_path)  # the files
+    # 11 pairs of a pass: the last step has a row for one rank alone, and the other a filler.
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((tmp_path / "pairs.jsonl").read_text().splitlines(True)[:11]))
+    source = {"sources": [{"path": str(few)}], "packing": "none", "held_out": 0, "seq_len": 160}
+
+    def sections(name, **parallel):
+        run = {"output": str(tmp_path / name), "steps": 6, "rows_per_step": 2}
+        return {"data": source, "run": run, "parallel": parallel,
+                "preference": {"reference": "precomputed"}, "eval": {"data": source}}  # fmt: skip
+
+    alone = ranks.run(1, RANK, str(tmp_path), kind, sections("one"))[0]
+    spread = ranks.run(2, RANK, str(tmp_path), kind, sections("two", dp=2, shard="none"))
+    assert spread[0] == spread[1] == pytest.approx(alone, rel=1e-3)
+    one, two = (offline.lines(offline.recipe(tmp_path, kind, run={"output": str(tmp_path / n)}))
+                for n in ("one", "two"))  # fmt: skip
+    assert [line["targets"] for line in one] == [line["targets"] for line in two]
+    first = [{k: v for k, v in lines[0].items() if "/" in k or k == "loss"} for lines in (one, two)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5, abs=1e-5)
+    refused = ranks.run(2, RANK, str(tmp_path), kind, sections("cut", dp=2))
+    assert {name for name, _ in refused} == {"ConfigError"} and "shard" in refused[0][1]
