@@ -403,9 +403,3 @@ def test_long_row_settings_change_memory_not_the_run(tiny, tmp_path, longseq):
     assert found[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=1e-6)
     assert [x["loss"] for x in found] == pytest.approx([x["loss"] for x in wanted], rel=1e-4)
     assert not list(tmp_path.glob("long/.activations*"))
-
-
-def test_long_rows_of_a_model_behind_transformers_are_refused(tiny, tmp_path):
-    settings = {"model": {"backend": "hf"}, "longseq": {"checkpoint": True}}
-    with pytest.raises(ConfigError, match="runs behind transformers"):
-        train(tiny.recipe(tmp_path, **settings))
