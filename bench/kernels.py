@@ -166,7 +166,21 @@ def row_op_rows(backend: CpuBackend, gbs: float) -> list[Row]:
             seconds = clock(call, 20)
             label = f"{name} 576 bf16 rows {rows}"
             found.append(report(label, seconds, 0.0, size, size / gbs / 1e9))
+        found.append(bulk_store_row(backend, gbs, rows))
     return found
+
+
+def bulk_store_row(backend: CpuBackend, gbs: float, rows: int) -> Row:
+    """SwiftKV: keys and values of 15 layers at once."""
+    _, kv_heads, dim = HEADS
+    kv = torch.randn(rows, 15 * 2 * kv_heads * dim).bfloat16()
+    caches = [filled_cache(backend, rows // 16 + 2, 16, torch.bfloat16) for _ in range(15)]
+    slots, nothing = torch.arange(rows) + 16, [None] * 15
+    table = torch.rand(rows + 16, dim)
+    args = (kv, slots.int(), [table] * 15, nothing, 1e-5, False, kv_heads, dim, caches, slots, 16)
+    seconds = clock(lambda: cpu_calls.store_kv(backend.eager, *args), 20)
+    size = 2.0 * kv.numel() * 2
+    return report(f"store_kv 15 layers, {rows} tokens", seconds, 0.0, size, size / gbs / 1e9)
 
 
 if __name__ == "__main__":

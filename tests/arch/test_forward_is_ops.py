@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sterna.kernels.load import load_kernels
 from sterna.model.batch import Batch, KVView
 from sterna.model.config import parse_config
-from sterna.model.decoder import Decoder
+from sterna.model.swiftkv import new_decoder
+from sterna.model.swiftkv_config import SwiftKVConfig, with_swiftkv
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,9 +41,10 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def tiny(dtype=torch.float32):
+def tiny(dtype=torch.float32, swiftkv=False):
     torch.manual_seed(0)
-    decoder = Decoder(parse_config(TINY, "tiny"), dtype)
+    config = parse_config(TINY, "tiny")
+    decoder = new_decoder(with_swiftkv(config, SwiftKVConfig(1)) if swiftkv else config, dtype)
     for p in decoder.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return decoder
@@ -53,12 +55,14 @@ def paged_batch(layers, tokens, starts, lens, rows, tables, slots):
     token_ids, query_starts, context_lens, output_rows = ints
     positions = torch.arange(len(tokens), dtype=torch.int32)
     view = KVView(layers, torch.tensor(tables, dtype=torch.int32), torch.tensor(slots), 16)
-    return Batch(token_ids, positions, query_starts, context_lens, output_rows, view)
+    output_starts = torch.arange(len(starts), dtype=torch.int32)
+    return Batch(token_ids, positions, query_starts, context_lens, output_rows, view, output_starts)
 
 
-def test_only_sterna_ops_reach_the_dispatcher():
+@pytest.mark.parametrize("swiftkv", [False, True])
+def test_only_sterna_ops_reach_the_dispatcher(swiftkv):
     load_kernels()
-    decoder = tiny()
+    decoder = tiny(swiftkv=swiftkv)
     batch = paged_batch(
         decoder.new_kv_layers(4, 16), [1, 2, 3], [0, 3], [3], [2], [[1]], [16, 17, 18]
     )
@@ -68,13 +72,14 @@ def test_only_sterna_ops_reach_the_dispatcher():
     assert foreign == set()
 
 
+@pytest.mark.parametrize("swiftkv", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replay_equals_the_interpreted_forward_to_the_bit(dtype):
+def test_replay_equals_the_interpreted_forward_to_the_bit(dtype, swiftkv):
     if load_kernels().level != "cpu":
         pytest.skip("only the C++ kernels replay")
     from sterna.engine.capture import capture
 
-    decoder = tiny(dtype)
+    decoder = tiny(dtype, swiftkv)
     decoder.prepare_inference()
     layers = decoder.new_kv_layers(8, 16)
     wide = paged_batch(
@@ -96,12 +101,13 @@ def test_replay_equals_the_interpreted_forward_to_the_bit(dtype):
         wide.query_starts[:3] = batch.query_starts
         wide.context_lens[:2] = batch.context_lens
         wide.output_rows[:2] = batch.output_rows
+        wide.output_starts[:3] = batch.output_starts
         wide.kv.block_tables[:2] = batch.kv.block_tables
         wide.kv.slots[: len(slots)] = batch.kv.slots
         replayed = forward(len(tokens), 2, 2).clone()
         same = Batch(
             batch.tokens, positions, batch.query_starts, batch.context_lens, batch.output_rows,
-            batch.kv,
+            batch.kv, batch.output_starts,
         )  # fmt: skip
         with torch.inference_mode():
             assert torch.equal(decoder.logits(decoder.hidden(same)), replayed)

@@ -75,6 +75,7 @@ class PagedRunner:
             int32([self.lengths[name] for name in new]),
             rows,
             kv,
+            None if rows is None else torch.searchsorted(rows, int32(starts)).int(),
         )
         return self.decoder.logits(self.decoder.hidden(batch))
 

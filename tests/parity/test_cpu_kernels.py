@@ -126,6 +126,56 @@ def test_rope(backend, dtype, head_dim, with_norm):
     close(cpu_calls.rope(backend.eager, *args), reference.rope(*args), "rope", dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_rope_of_queries_alone_is_that_of_the_whole(backend, dtype, with_norm):
+    torch.manual_seed(8)
+    qkv, table, norms = rope_case(dtype, 64, 4, 2, 13, with_norm, 32)
+    positions = torch.arange(5, 18, dtype=torch.int32)
+    whole = cpu_calls.rope(
+        backend.eager, qkv, positions, table, *norms, 1e-6, with_norm, 4, 2, 64
+    )  # fmt: skip
+    q, options = qkv[:, :256].contiguous(), (table, norms[0], 1e-6, with_norm, 4, 64)
+    rows = torch.tensor([2, 3, 12], dtype=torch.int32)
+    all_rows = cpu_calls.rope_queries(backend.eager, q, positions, None, *options)
+    assert torch.equal(all_rows, whole[:, :256])
+    some = cpu_calls.rope_queries(backend.eager, q[rows].contiguous(), positions, rows, *options)
+    assert torch.equal(some, whole[rows, :256])
+    want = reference.rope_queries(q[rows], positions, rows, *options)
+    close(some, want, "rope_queries", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_the_bulk_write_is_that_of_the_layers_alone(backend, dtype, kv_dtype):
+    """Three layers: rotated, with a head norm and a narrower rotation, not rotated."""
+    torch.manual_seed(9)
+    tokens, size, heads = 21, 16, (0, 2, 64)
+    kv = torch.randn(tokens, 3 * 2 * 2 * 64).to(dtype)
+    _, wide, norms = rope_case(dtype, 64, 4, 2, 1, True)
+    narrow = rope_case(dtype, 64, 4, 2, 1, False, 32)[1]
+    tables, k_norms = [wide, narrow, None], [None, norms[0], None]
+    positions = torch.arange(40, 40 + tokens, dtype=torch.int32)
+    slots = torch.arange(tokens) + size + 5  # in order, as a sequence's are: pairs share a word
+
+    def caches():
+        options = (kv_dtype or dtype, torch.device("cpu"))
+        return [backend.new_kv_cache(8, size, 2, 64, *options) for _ in range(3)]
+
+    bulk, alone = caches(), caches()
+    cpu_calls.store_kv(
+        backend.eager, kv, positions, tables, k_norms, 1e-6, False, 2, 64, bulk, slots, size
+    )  # fmt: skip
+    parts = kv.chunk(3, dim=1)
+    for part, table, norm, cache in zip(parts, tables, k_norms, alone, strict=True):
+        cpu_calls.rope(
+            backend.eager, part.contiguous(), positions, table, None, norm, 1e-6, False, *heads,
+            cache, slots, size,
+        )  # fmt: skip
+    for a, b in zip(bulk, alone, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 # Sequences of 1 decode, a chunk that crosses blocks, a whole prompt, a long decode.
 CONTEXT = [(70, 1), (100, 37), (50, 50), (300, 1), (17, 2)]
 
@@ -188,6 +238,34 @@ def test_attention_bits_do_not_depend_on_chunking(backend, dtype, window):
         _, outs = paged(backend, dtype, case, chunks, window, poison=True)
         for a, b in zip(whole, outs, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_some_rows_is_that_of_all(backend, dtype):
+    """SwiftKV: sequences of which all, none, or the last rows are queries, as many as sequences."""
+    heads, size, lens = (6, 2, 64), 16, [5, 40, 9, 30]
+    cache = backend.new_kv_cache(20, size, 2, 64, dtype, torch.device("cpu"))
+    tables = torch.arange(1, 17).view(4, 4).int()
+    at = torch.cat([torch.arange(n) for n in lens])
+    block = torch.cat([tables[i][torch.arange(n) // size] for i, n in enumerate(lens)]).long()
+    torch.manual_seed(10)
+    qkv = rope_case(dtype, 64, 6, 2, sum(lens))[0]
+    q = cpu_calls.rope(
+        backend.eager, qkv, at.int(), None, None, None, 1e-6, False, *heads, cache,
+        block * size + at % size, size,
+    )  # fmt: skip
+    starts = torch.tensor([0, *lens]).cumsum(0).int()
+    options = (*heads, size, 0.125)
+    ctx = torch.tensor(lens).int()
+    whole = cpu_calls.paged_attention(backend.eager, q, cache, tables, starts, ctx, *options)
+    for counts in ([2, 0, 1, 1], [0, 0, 0, 4], [5, 30, 0, 0], [1, 1, 1, 1]):
+        rows = [r for end, n in zip(starts[1:].tolist(), counts, strict=True)
+                for r in range(end - n, end)]  # fmt: skip
+        some = torch.tensor([0, *counts]).cumsum(0).int()
+        found = cpu_calls.paged_attention(
+            backend.eager, q[rows].contiguous(), cache, tables, some, ctx, *options
+        )
+        assert torch.equal(found, whole[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -46,6 +46,7 @@ from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 from sterna.train.parts import trained
 from sterna.train.recipe import to_toml
+from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
 # What a resumed run may change: how long, where to, and what changes no bit of it.
@@ -80,7 +81,8 @@ def build(
     tokenizer = load_tokenizer(
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
-    policy = load_model(source or base, recipe.model.dtype, device).decoder
+    start = source or base
+    policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = HybridEngine(policy, tokenizer, _engine_config(recipe), recipe.rollout.weights)
     learner = _learner(recipe, policy, hybrid, tokenizer, device)

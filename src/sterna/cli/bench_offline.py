@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -47,20 +47,23 @@ class OfflineRun:
 
 
 class OfflineBench:
-    """A loaded engine and a source of random prompts."""
+    """A loaded engine and a source of random prompts. `clock` tells seconds."""
 
-    def __init__(self, model: str, config: EngineConfig) -> None:
+    def __init__(
+        self, model: str, config: EngineConfig, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         from sterna.engine.build import build_engine
 
         self._engine = build_engine(model, config)
         self._random = random.Random(0)
         self._num_requests = 0
+        self._clock = clock
 
     def run(self, num_sequences: int, input_len: int, output_len: int) -> OfflineRun:
         """Run one batch of random prompts to its end, greedy, never stopping early."""
         requests = [self._request(input_len, output_len) for _ in range(num_sequences)]
         waiting = {request.request_id for request in requests}
-        started = time.perf_counter()
+        started = self._clock()
         for request in requests:
             self._engine.add(request)
         first_token_at = started
@@ -74,8 +77,8 @@ class OfflineBench:
                 elif gained:
                     waiting.discard(output.request_id)
             if is_prefilling:
-                first_token_at = time.perf_counter()
-        ended = time.perf_counter()
+                first_token_at = self._clock()
+        ended = self._clock()
         return OfflineRun(
             num_sequences,
             input_len,

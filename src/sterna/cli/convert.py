@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sterna.train.distill.measure import StudentQuality
 
 Paths = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
-REPORT = "swiftkv.json"
+REPORT, PLOT = "swiftkv.json", "swiftkv.png"
 
 
 def swiftkv(
@@ -42,7 +42,8 @@ def swiftkv(
     """Make a model whose prompt tokens run only its first layers (SwiftKV, arXiv 2410.03960).
 
     A stopped conversion goes on where it was when the same command is given again. The folder is
-    written only when the held-out accuracy fell by no more than --max-drop.
+    written only when the held-out accuracy fell by no more than --max-drop; swiftkv.json and
+    swiftkv.png in it say what it cost. Quantised models are taught by their dequantised weights.
 
     Parameters
     ----------
@@ -144,12 +145,17 @@ def _publish(folder: Path, output: Path, quality: StudentQuality, max_drop: floa
     """The model folder with its report beside the weights."""
     from dataclasses import asdict
 
+    from sterna.cli.convert_plot import draw_student
     from sterna.core.rundir import write_atomic
     from sterna.train.checkpoint import newest, publish
+    from sterna.train.distill.measure import FILE
+    from sterna.train.metrics import read_metrics
 
     found = {**asdict(quality), "drop": quality.drop, "loss_rise": quality.loss_rise}
     report = {"max_drop": max_drop, **found}
     latest = newest(folder / "checkpoints")
     assert latest is not None
+    draw_student(list(read_metrics(folder / FILE)), max_drop, folder / PLOT)
     publish(latest, output)
+    (output / PLOT).write_bytes((folder / PLOT).read_bytes())
     write_atomic(output / REPORT, json.dumps(report, indent=2) + "\n")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
@@ -120,7 +121,20 @@ def _model(name: str) -> dict[str, Any]:
         path = resolve_model(name)
     except SternaError as error:
         return {"asked": name, "found": None, "fault": error.message}
-    return {"asked": name, "found": str(path), "fault": None}
+    return {"asked": name, "found": str(path), "fault": None, "prompt_layers": _prompt_layers(path)}
+
+
+def _prompt_layers(path: Path) -> str | None:
+    """Of a SwiftKV folder; None of other models, damaged ones too: loading says what is wrong."""
+    from sterna.model.load import load_config
+
+    try:
+        config = load_config(path) if path.is_dir() else None
+    except SternaError:
+        return None
+    if config is None or config.swiftkv is None:
+        return None
+    return config.swiftkv.line(config.num_hidden_layers)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -147,6 +161,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"--kv-cache-dtype {' | '.join(report['kv_cache_dtypes'])}"),
         ("cache folder", report["cache_folder"]),
         ("model", model["found"] or f"not found: {model['fault']}"),
+        *([("prompt layers", layers)] if (layers := model.get("prompt_layers")) else []),
     ]
 
 

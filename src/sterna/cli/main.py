@@ -28,6 +28,7 @@ What you can do next:
   sterna serve PATH               serve a Hugging Face folder or a GGUF file
   sterna chat                     talk to a model in this terminal
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
+  sterna embed FILE --model M -o V.npy   a file of texts to vectors
   sterna train RECIPE.toml        fine-tune or pretrain a model
   sterna plan --seq-len 65536     whether a long row fits, and with which settings
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
@@ -65,6 +66,7 @@ def build_app() -> App:
         name="complete",
         help="Complete a prompt, or a file of them.",
     )
+    app.command("sterna.cli.embed:embed", name="embed", help="Turn a file of texts into vectors.")
     app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
     app.command("sterna.cli.plan:plan", name="plan", help="Predict memory and time of training.")
     app.command(_convert_app())

@@ -65,6 +65,7 @@ class QuantizeRun:
 
     def use_budget(self, bits: float) -> None:
         """Choose formats for `bits` a weight, after calibration. QuantizeError for too few."""
+        self._require_plain("--bits")
         options = self._options
         if not options.importance:
             raise QuantizeError("--bits needs calibration; leave out --calibrate none")
@@ -81,12 +82,14 @@ class QuantizeRun:
 
     def use_gptq(self, text: Path, num_tokens: int) -> None:
         """Round by Hessians over a text. QuantizeError for an unusable or too short one."""
+        self._require_plain("--method gptq")
         tokens = self._tokens(text, num_tokens)
         hessians = Hessians(self._decoder(), tokens, str(text))
         self._options = replace(self._options, gptq=hessians)
 
     def use_awq(self) -> None:
         """Search channel scales. QuantizeError when nothing was calibrated or codes are kept."""
+        self._require_plain("--method awq")
         options = self._options
         if options.format is None or not options.importance:
             raise QuantizeError(
@@ -97,6 +100,14 @@ class QuantizeRun:
             scales = channel_scales(self._decoder(), options.importance, options.format)
         self._options = replace(options, awq=scales)
 
+    def _require_plain(self, setting: str) -> None:
+        """QuantizeError for a SwiftKV model: its later blocks are not walked one by one."""
+        if open_source(self._source).config.swiftkv is not None:
+            raise QuantizeError(
+                f"{setting} does not work on SwiftKV models; leave it out (rounding to nearest, "
+                "weighed by --calibrate), or use six bits, where the methods hardly differ"
+            )
+
     def _tokens(self, text: Path, num_tokens: int) -> list[int]:
         try:
             with text.open(encoding="utf-8") as file:
@@ -106,9 +117,12 @@ class QuantizeRun:
         return load_tokenizer(self._source).encode(sample)[:num_tokens]
 
     def _decoder(self) -> Decoder:
-        """The source in bfloat16, not packed: a plain one block by block, at no time as a whole."""
+        """The source in bfloat16, not packed: a plain one block by block, at no time as a whole.
+
+        A SwiftKV model is loaded whole.
+        """
         checkpoint = open_source(self._source)  # refuses what is quantised already
-        if checkpoint.packed is not None:
+        if checkpoint.packed is not None or checkpoint.config.swiftkv is not None:
             return load_quantized(checkpoint.path).decoder
         return StreamedDecoder(checkpoint, torch.bfloat16)
 

@@ -140,6 +140,12 @@ class GrammarError(RequestError):
     code = "invalid_grammar"
 
 
+class TaskError(RequestError):
+    """The model is not of the kind that this request needs: one generates, another embeds."""
+
+    code = "unsupported_task"
+
+
 class UnknownModelError(RequestError):
     """The request names a model this server does not serve."""
 

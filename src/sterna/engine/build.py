@@ -7,17 +7,21 @@ from pathlib import Path
 
 import torch
 
-from sterna.core.errors import ConfigError
+from sterna.core.errors import ConfigError, TaskError
 from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
+from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.engine import Engine
 from sterna.engine.memory import engine_shape
+from sterna.engine.stepcost import StepCost, load_cost, measure_cost, save_cost
 from sterna.engine.structured import GrammarCompiler
+from sterna.engine.task import resolve_task
 from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
+from sterna.model.encoder import Encoder
 from sterna.model.hub import DEFAULT_NAMES, resolve_model
 from sterna.model.load import DTypeName
 from sterna.quant.cache import DEFAULT_MODEL_WEIGHTS, cached_folder
@@ -33,9 +37,15 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     """An engine for a folder, GGUF file, hub name, or "" for the default model.
 
     Raises ModelError (not found, damaged, unsupported), ConfigError (settings that do not fit the
-    model or the memory), KernelError (a forced kernel level is not available).
+    model or the memory), KernelError (a forced kernel level is not available), TaskError for a
+    model that embeds.
     """
     path = resolve_model(model)
+    if resolve_task(path, config.task) == "embed":
+        raise TaskError(
+            f"{path} is a model that embeds and writes no text; use `sterna serve`, `sterna embed` "
+            "or LLM.embed, or set task to generate where it is a decoder"
+        )
     check_device(config.device)
     set_threads(1)  # idle kernel threads would spin on the core that the imports need
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
@@ -47,9 +57,13 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     decoder.prepare_inference()
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
-    engine = Engine(decoder, tokenizer, config, shape, grammars)
+    key = _curve_key(path, dtype, weights_of(model, config), config)
+    drafters = build_drafters(config, tokenizer, f"{path.resolve()} {shape.vocab_size}")
+    engine = Engine(decoder, tokenizer, config, shape, grammars, drafters)
     if config.token_budget is None:
-        tune_budget(engine, _curve_key(path, dtype, weights_of(model, config), config))
+        tune_budget(engine, key)
+    if engine.speculator is not None:
+        engine.speculator.cost = tune_cost(engine, key)
     return engine
 
 
@@ -74,10 +88,12 @@ def load_weights(model: str, path: Path, config: EngineConfig) -> Decoder:
     set_activations(decoder, config)
     if line := describe_weights(decoder):
         log.info("%s", line)
+    if decoder.config.swiftkv is not None:
+        log.info("layers that a prompt runs: %s", decoder.prompt_layers)
     return decoder
 
 
-def set_activations(decoder: Decoder, config: EngineConfig) -> None:
+def set_activations(decoder: Decoder | Encoder, config: EngineConfig) -> None:
     """Switch the decoder to int8 activations if asked for.
 
     ConfigError when the weights do not allow it, and for bf16 in a model that computes otherwise.
@@ -108,6 +124,20 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
     idle = engine.scheduler.idle_budget
     log.info("token budget %d, %d without decodes (%s: %s)", budget, idle, origin, curve.line())
     return curve
+
+
+def tune_cost(engine: Engine, key: str) -> StepCost:
+    """What a step costs by its rows, for speculation; measured earlier or now."""
+    cost = load_cost(key)
+    origin = "measured earlier"
+    if cost is None:
+        origin = "measured now"
+        max_rows = min(engine.config.max_draft_rows, engine.limits.max_pool_tokens)
+        longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
+        cost = measure_cost(engine.runner.run_verify_probe, max_rows, longest)
+        save_cost(key, cost)
+    log.info("step by output rows (%s): %s", origin, cost.line())
+    return cost
 
 
 def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> str:

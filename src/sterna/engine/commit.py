@@ -7,7 +7,7 @@ with a finish reason; when the last one has it the request is finished.
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Protocol
 
 from sterna.core.errors import SternaError
 from sterna.engine.admit import RequestFactory
@@ -19,15 +19,21 @@ from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, Scheduler
 from sterna.engine.sequence import RequestState, Sequence, Status
 from sterna.engine.stopping import Progress
+from sterna.engine.stream import merge_deltas
 from sterna.engine.structured import stuck_grammar
+from sterna.engine.verify import Draw
 
 
-class Draw(NamedTuple):
-    """One token to choose: `seq` reads logits row `row`. A fork knows its parent."""
+class Listener(Protocol):
+    """Learns what sequences gain."""
 
-    seq: Sequence
-    row: int
-    parent: Sequence | None = None
+    def start(self, seq: Sequence) -> None:
+        """`seq` is about to get its first token."""
+        ...
+
+    def extend(self, seq: Sequence, tokens: list[int], num_drafts: int) -> None:
+        """`seq` has gained `tokens`: accepted ones of `num_drafts` drafts, and one more."""
+        ...
 
 
 class Committer:
@@ -39,11 +45,13 @@ class Committer:
         runner: Runner,
         factory: RequestFactory,
         outputs: StepOutputs,
+        listener: Listener | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._factory = factory
         self._outputs = outputs
+        self._listener = listener
 
     def draws(self, forward: Forward) -> list[Draw]:
         """Who gets a token: each sampling chunk's sequence and the samples forked from it."""
@@ -51,7 +59,7 @@ class Committer:
         sampling = (chunk for chunk in forward.chunks if chunk.samples)
         for chunk, row in zip(sampling, forward.logits.rows, strict=True):
             seq = chunk.seq
-            found.append(Draw(seq, row))
+            found.append(Draw(seq, row, num_drafts=chunk.num_drafts))
             if seq.is_leader:
                 found.extend(Draw(child, row, seq) for child in self._new_forks(seq))
         return found
@@ -59,27 +67,38 @@ class Committer:
     def advance(self, forward: Forward) -> None:
         """Count what was computed and end what failed."""
         for chunk_idx, chunk in enumerate(forward.chunks):
-            chunk.seq.num_computed = chunk.start + chunk.num_tokens
+            chunk.seq.num_computed = chunk.start + chunk.num_committed
             self._scheduler.tables.publish(chunk.seq)
             if chunk_idx in forward.logits.prompt_logprobs:
                 _keep_prompt_logprobs(chunk, forward.logits.prompt_logprobs[chunk_idx])
         for chunk, error in forward.failed:
             self.fail(chunk.seq, error)
 
-    def append(self, draws: list[Draw], sampled: list[Sampled]) -> None:
-        """Give every draw its token; end the samples that are complete."""
+    def append(self, draws: list[Draw], chosen: list[list[Sampled]]) -> int:
+        """Give every draw its tokens; end the samples that are complete. Returns their number."""
+        num_tokens = 0
         for draw in draws:
             if draw.parent is not None:
                 self._scheduler.add_fork(draw.parent, draw.seq)
         now = time.monotonic()
-        for draw, choice in zip(draws, sampled, strict=True):
-            if choice.error is not None:
-                self.fail(draw.seq, choice.error)
-                continue
-            try:
-                self._append_token(draw.seq, choice, now)
-            except Exception as error:  # noqa: BLE001 - text or grammar of one sample, others go on
-                self.fail(draw.seq, as_request_error(error))
+        for draw, choices in zip(draws, chosen, strict=True):
+            seq = draw.seq
+            if seq.state.first_token is None and choices[0].error is None:
+                seq.state.first_token = now
+            if self._listener is not None and not seq.output:
+                self._listener.start(seq)
+            deltas, error = _push_all(seq, choices)
+            num_tokens += len(deltas)
+            if deltas:
+                self._keep_tokens(draw, deltas)
+            if error is not None:
+                self.fail(seq, error)
+        return num_tokens
+
+    def restart(self, seq: Sequence) -> None:
+        """Compute a sequence anew whose cache is damaged behind its tokens."""
+        if seq.status is Status.RUNNING:
+            self._runner.wipe_blocks(self._scheduler.restart_damaged(seq))
 
     def end_without_tokens(self, draws: list[Draw]) -> None:
         """max_tokens = 0: the prompt was all that was asked for."""
@@ -112,24 +131,18 @@ class Committer:
             self._outputs.add(state, delta)
         self._finish_request(state)
 
-    def _append_token(self, seq: Sequence, choice: Sampled, now: float) -> None:
-        if seq.state.first_token is None:
-            seq.state.first_token = now
-        token_id = choice.token_id
-        seq.output.append(token_id)
-        progress = seq.stop.push(token_id)
-        if seq.grammar is not None and progress.finish_reason is None:
-            progress = _follow_grammar(seq, token_id, progress)
-        delta = Delta(
-            index=seq.index,
-            token_ids=(token_id,),
-            text=progress.text,
-            logprobs=None if choice.logprob is None else (choice.logprob,),
-            finish_reason=progress.finish_reason,
-            stop_reason=progress.stop_reason,
-        )
+    def _keep_tokens(self, draw: Draw, deltas: list[Delta]) -> None:
+        """All but the last of a step's tokens were drafts: their keys and values are cached."""
+        seq, delta = draw.seq, merge_deltas(deltas)
+        seq.draft.clear()
+        if draw.num_drafts:
+            seq.num_computed += len(deltas) - 1
+            self._scheduler.tables.publish(seq)
+            self._scheduler.tables.shrink(seq)
+        if self._listener is not None:
+            self._listener.extend(seq, list(delta.token_ids), draw.num_drafts)
         self._outputs.add(seq.state, delta)
-        if progress.finish_reason is not None:
+        if delta.finish_reason is not None:
             self._scheduler.finish(seq)
             self._finish_request(seq.state)
 
@@ -158,6 +171,38 @@ class Committer:
                 child.plan.bitmask = leader.plan.bitmask.copy()
             state.sequences.append(child)
         return state.sequences[1:]
+
+
+def _push_all(seq: Sequence, choices: list[Sampled]) -> tuple[list[Delta], SternaError | None]:
+    """Append tokens up to the sample's end or the first error; what each did."""
+    deltas: list[Delta] = []
+    for choice in choices:
+        if choice.error is not None:
+            return deltas, choice.error
+        try:
+            delta = _push(seq, choice)
+        except Exception as error:  # noqa: BLE001 - text or grammar of one sample, others go on
+            return deltas, as_request_error(error)
+        deltas.append(delta)
+        if delta.finish_reason is not None:
+            break
+    return deltas, None
+
+
+def _push(seq: Sequence, choice: Sampled) -> Delta:
+    token_id = choice.token_id
+    seq.output.append(token_id)
+    progress = seq.stop.push(token_id)
+    if seq.grammar is not None and progress.finish_reason is None:
+        progress = _follow_grammar(seq, token_id, progress)
+    return Delta(
+        index=seq.index,
+        token_ids=(token_id,),
+        text=progress.text,
+        logprobs=None if choice.logprob is None else (choice.logprob,),
+        finish_reason=progress.finish_reason,
+        stop_reason=progress.stop_reason,
+    )
 
 
 def _follow_grammar(seq: Sequence, token_id: int, progress: Progress) -> Progress:

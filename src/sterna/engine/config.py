@@ -12,6 +12,14 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    task: Literal["auto", "generate", "embed"] = Field(
+        "auto",
+        description="generate text, or embed: read texts into vectors or scores; auto = by the "
+        "model's files",
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto", description="of an embedding model; auto = as its files say"
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and activations; auto = bfloat16"
@@ -57,4 +65,25 @@ class EngineConfig(BaseModel):
         30.0, gt=0, description="seconds without a finished step before /health turns red"
     )
     capture: bool = Field(True, description="replay recorded steps instead of re-interpreting")
+    speculation: str = Field(
+        "off",
+        description="guess tokens ahead and verify them, output unchanged: off, auto (suffix, and "
+        "model if there is a draft_model), or a list of suffix, ngram, model",
+    )
+    speculation_opt_in: bool = Field(
+        False, description="only requests that ask for it (`speculation: true`) are guessed ahead"
+    )
+    draft_model: str | None = Field(
+        None, description="small model of the same vocabulary that guesses for this one"
+    )
+    draft_cache_bytes: int = Field(
+        256 << 20, ge=0, description="memory for past outputs that guesses come from; 0 = none"
+    )
+    draft_cache: str | None = Field(
+        None, description="file that keeps past outputs over restarts (they hold users' text)"
+    )
+    num_draft_tokens: int = Field(32, gt=0, le=256, description="longest draft of a sequence")
+    max_draft_rows: int = Field(
+        128, gt=0, description="draft tokens in one step; each costs a row of logits in memory"
+    )
     seed: int = Field(0, description="seeds requests that bring none")

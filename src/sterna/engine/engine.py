@@ -14,25 +14,26 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy as np
 
-from sterna.core.errors import ConfigError, DeadlineError, GrammarError, RequestError
+from sterna.core.errors import ConfigError, DeadlineError, RequestError
 from sterna.engine.admit import RequestFactory
 from sterna.engine.budget import least_budget
-from sterna.engine.commit import Committer, Draw
+from sterna.engine.commit import Committer
 from sterna.engine.config import EngineConfig
-from sterna.engine.forward import as_request_error, run_isolated, sample_isolated
+from sterna.engine.drafters.base import Drafter
+from sterna.engine.forward import as_request_error, choose_isolated, run_isolated
 from sterna.engine.kv import BlockPool
 from sterna.engine.memory import EngineShape, engine_shape, kv_dtype
 from sterna.engine.outputs import StepOutputs
 from sterna.engine.request import EngineRequest, FinishReason, RequestOutput, StepStats
 from sterna.engine.runner import InferenceModel, Logits, Runner
-from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from sterna.engine.sequence import RequestState
-from sterna.engine.sequence import Sequence as EngineSequence
+from sterna.engine.speculate import Speculator
 from sterna.engine.stats import SpeedMeter
-from sterna.engine.structured import GrammarCompiler, check_spec, stuck_grammar
+from sterna.engine.structured import GrammarCompiler, check_spec
 from sterna.engine.tables import BlockTables
 from sterna.engine.validate import Limits
+from sterna.engine.verify import Draw, is_tainted
 from sterna.text.tokenizer import Tokenizer
 
 # Used when nothing was measured or configured (tests, tools).
@@ -55,7 +56,9 @@ class Engine:
         config: EngineConfig,
         shape: EngineShape | None = None,
         grammars: GrammarCompiler | None = None,
+        drafters: Sequence[Drafter] = (),
     ) -> None:
+        """`drafters` guess tokens (speculate.py); without any there is no speculation."""
         shape = shape or engine_shape(decoder, config)
         budget = config.token_budget or DEFAULT_BUDGET
         pool = BlockPool(shape.num_kv_blocks, config.block_size)
@@ -64,9 +67,13 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.limits = Limits(
-            shape.vocab_size, shape.max_model_len, pool.num_usable * config.block_size
+            shape.vocab_size,
+            shape.max_model_len,
+            pool.num_usable * config.block_size,
+            decoder.skips_prompt_rows,
         )
-        self.scheduler = Scheduler(tables, budget, config.max_num_seqs, config.policy)
+        max_drafts = config.max_draft_rows if drafters else 0
+        self.scheduler = Scheduler(tables, budget, config.max_num_seqs, config.policy, max_drafts)
         self.runner = Runner(
             decoder,
             num_blocks=shape.num_kv_blocks,
@@ -74,6 +81,7 @@ class Engine:
             max_tokens=_buffer_tokens(config, budget, shape.max_model_len),
             max_seqs=config.max_num_seqs,
             max_blocks=max_blocks,
+            max_drafts=max_drafts,
             kv_dtype=kv_dtype(decoder, config),
             device=config.device,
             replay=config.capture,
@@ -89,7 +97,12 @@ class Engine:
         eos_ids = shape.eos_ids | frozenset(tokenizer.eos_token_ids)
         self._factory = RequestFactory(tokenizer, self.limits, eos_ids, config.seed)
         self._outputs = StepOutputs()
-        self._committer = Committer(self.scheduler, self.runner, self._factory, self._outputs)
+        self.speculator = Speculator(drafters, config) if drafters else None
+        self._committer = Committer(
+            self.scheduler, self.runner, self._factory, self._outputs, self.speculator
+        )
+        if self.speculator is not None:
+            self.scheduler.on_finish.append(self.speculator.finish)
         self._requests: dict[str, RequestState] = {}
         self._deadlines: dict[str, float] = {}  # request id -> monotonic seconds
         self._compiling: dict[str, RequestState] = {}
@@ -98,6 +111,11 @@ class Engine:
     def has_work(self) -> bool:
         """Some request is unfinished: call `step` again."""
         return bool(self._requests)
+
+    @property
+    def drafter_names(self) -> list[str]:
+        """Who guesses tokens; empty without speculation."""
+        return [] if self.speculator is None else [d.name for d in self.speculator.drafters]
 
     @property
     def num_running(self) -> int:
@@ -113,6 +131,11 @@ class Engine:
     def num_waiting_tokens(self) -> int:
         """Tokens that the queue's sequences have to compute."""
         return self.scheduler.num_waiting_tokens
+
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a prompt token runs."""
+        return self._decoder.prompt_layers
 
     @property
     def pool(self) -> BlockPool:
@@ -184,6 +207,8 @@ class Engine:
         started = time.monotonic()
         self._end_overdue(started)
         self._hand_out_grammars()
+        if self.speculator is not None:
+            self.speculator.propose(self.scheduler)
         step = self.scheduler.schedule()
         if step.chunks:
             self._compute(step, started)
@@ -224,7 +249,10 @@ class Engine:
         self._committer.advance(forward)
         self._committer.end_without_tokens([d for d in draws if not d.seq.state.max_output])
         draws = [draw for draw in draws if draw.seq.state.max_output]
-        self._committer.append(draws, self._sample(forward.logits, draws))
+        num_tokens = self._committer.append(draws, choose_isolated(forward.logits.values, draws))
+        self._restart_tainted(forward.logits, draws)
+        if self.speculator is not None:
+            self.speculator.note_step(step, num_tokens, time.monotonic() - started)
         self._report(step, started)
 
     def _run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -232,13 +260,12 @@ class Engine:
             hook(chunks)
         return self.runner.run(chunks)
 
-    def _sample(self, logits: Logits, draws: list[Draw]) -> list[Sampled]:
-        plans = [draw.seq.plan for draw in draws]
-        stuck = {i: error for i, draw in enumerate(draws) if (error := _fill_mask(draw.seq))}
-        sampled = sample_isolated(logits.values, [draw.row for draw in draws], plans)
-        for i, error in stuck.items():
-            sampled[i] = Sampled(-1, error=error)
-        return sampled
+    def _restart_tainted(self, logits: Logits, draws: list[Draw]) -> None:
+        """A rejected draft that made NaN left it in the cache: compute that sequence anew."""
+        for draw in draws:
+            if self.speculator is not None and is_tainted(logits.values, draw):
+                self._committer.restart(draw.seq)
+                self.speculator.exclude(draw.seq)
 
     def _collect(self) -> list[RequestOutput]:
         outputs = self._outputs.collect()
@@ -291,20 +318,12 @@ class Engine:
             num_preempted=step.num_preempted,
             kv_usage=1 - self.pool.num_free / self.pool.num_usable,
             token_budget=step.token_budget,
+            num_draft_tokens=step.num_draft_tokens,
+            drafts=() if self.speculator is None else self.speculator.take_results(),
         )
         self.speed.note_step(stats)
         for hook in self.on_step:
             hook(stats)
-
-
-def _fill_mask(seq: EngineSequence) -> GrammarError | None:
-    """Write the tokens that may come next. A grammar that met a limit would allow the end only,
-    and an answer cut short would look whole: its error instead.
-    """
-    if seq.grammar is None or seq.plan.bitmask is None:
-        return None
-    seq.grammar.fill_bitmask(seq.plan.bitmask)
-    return None if seq.grammar.error is None else stuck_grammar(seq.grammar)
 
 
 def _note_scheduled(step: ScheduledStep, now: float) -> None:

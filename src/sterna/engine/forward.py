@@ -1,7 +1,8 @@
 """Runs a step so that what fails stays with the request that caused it.
 
 A step that raises is repeated chunk by chunk; computing a chunk again writes the same values to
-the same slots, so this is safe. Only the chunks that raise again have failed.
+the same slots, so this is safe. Only the chunks that raise again have failed. They are repeated
+without their drafts: a guess must not fail a request.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from sterna.core.errors import StepError, SternaError
 from sterna.core.log import get_logger
 from sterna.engine.request import TokenLogprob
 from sterna.engine.runner import Logits
-from sterna.engine.sampler import RowPlan, Sampled, sample
+from sterna.engine.sampler import Sampled
 from sterna.engine.scheduler import Chunk
+from sterna.engine.verify import Draw, choose, choose_next
 
 log = get_logger(__name__)
 
@@ -42,15 +44,13 @@ def run_isolated(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
         return _run_singly(run, chunks)
 
 
-def sample_isolated(
-    values: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
-) -> list[Sampled]:
-    """`sample`, or each row alone when that raises."""
+def choose_isolated(values: NDArray[np.float32], draws: Sequence[Draw]) -> list[list[Sampled]]:
+    """`choose`, or each draw alone and without its drafts when that raises."""
     try:
-        return sample(values, rows, plans)
+        return choose(values, draws)
     except Exception as error:  # noqa: BLE001 - find the row that raises, the others go on
-        log.warning("sampling %d rows failed (%r); repeating one by one", len(rows), error)
-        return [_sample_alone(values[row], plan) for row, plan in zip(rows, plans, strict=True)]
+        log.warning("sampling %d rows failed (%r); repeating one by one", len(draws), error)
+        return [_choose_alone(values, draw) for draw in draws]
 
 
 def as_request_error(error: BaseException) -> SternaError:
@@ -65,7 +65,8 @@ def _run_singly(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
     failed: list[tuple[Chunk, SternaError]] = []
     values: list[NDArray[np.float32]] = []
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}
-    for chunk in chunks:
+    for given in chunks:
+        chunk = given.without_drafts()
         try:
             part = run((chunk,))
         except Exception as error:  # noqa: BLE001 - becomes this request's error
@@ -80,8 +81,8 @@ def _run_singly(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
     return Forward(tuple(done), logits, tuple(failed))
 
 
-def _sample_alone(row: NDArray[np.float32], plan: RowPlan) -> Sampled:
+def _choose_alone(values: NDArray[np.float32], draw: Draw) -> list[Sampled]:
     try:
-        return sample(row[None], (0,), (plan,))[0]
+        return choose_next(values, (draw,))
     except Exception as error:  # noqa: BLE001 - becomes this request's error
-        return Sampled(-1, error=as_request_error(error))
+        return [Sampled(-1, error=as_request_error(error))]

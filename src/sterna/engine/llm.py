@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.console import Console
 
-from sterna.core.errors import ConfigError, RequestError, SternaError
+from sterna.core.errors import ConfigError, RequestError, SternaError, TaskError
 from sterna.core.lookup import unknown
 from sterna.engine.build import build_engine
+from sterna.engine.build_embed import build_embedder
 from sterna.engine.config import EngineConfig
+from sterna.engine.embed import Embedder
+from sterna.engine.embed_texts import embed_inputs, pair_scores
 from sterna.engine.engine import Engine
-from sterna.engine.progress import StepProgress
+from sterna.engine.progress import StepProgress, counting
 from sterna.engine.request import (
     Delta,
     EngineRequest,
@@ -32,6 +37,8 @@ from sterna.engine.request import (
     TokenLogprob,
 )
 from sterna.engine.stream import merge_outputs
+from sterna.engine.task import Task, resolve_task
+from sterna.model.hub import resolve_model
 from sterna.text.chat import ChatRenderer
 
 Prompt = str | Sequence[int]
@@ -77,7 +84,11 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **settings: Any) -> None:
-        self._engine: Engine | None = build_engine(model, _config(settings))
+        config = _config(settings)
+        is_embedder = _task(model, config) == "embed"
+        self._embedder = build_embedder(model, config) if is_embedder else None
+        self._engine = None if is_embedder else build_engine(model, config)
+        self._is_closed = False
         self._ids = itertools.count()
 
     def __enter__(self) -> LLM:
@@ -88,16 +99,68 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine; ConfigError after `close`."""
+        """The engine; ConfigError after `close`, TaskError for a model that embeds."""
+        self._check_open()
         if self._engine is None:
-            raise ConfigError("this LLM is closed; make a new one")
+            raise TaskError("this model was loaded to embed; use embed, rerank or pair_scores")
         return self._engine
+
+    @property
+    def embedder(self) -> Embedder:
+        """What `embed` runs on; ConfigError after `close`, TaskError for a model that generates."""
+        self._check_open()
+        if self._embedder is None:
+            raise TaskError('this model was loaded to generate; LLM(model, task="embed") embeds')
+        return self._embedder
 
     def close(self) -> None:
         """Free the model and its KV cache. Further calls do nothing."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = None
+        self._engine = self._embedder = None
+        self._is_closed = True
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        prompt_name: str | None = None,
+        truncate: int | None = None,
+        progress: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """float32 [N, D]: one vector a text (or list of token ids), in the order given.
+
+        dimensions: only the first so many. prompt_name: one of the model's own prompts. truncate:
+        cut longer texts to so many tokens, -1 = to the model's limit; None refuses them. Raises
+        RequestError, TaskError when the model does not embed.
+        """
+        embedder, inputs = self.embedder, _as_prompts(texts)
+        prompt = embedder.model.pooling.prompt(prompt_name)
+        with counting(len(inputs), "texts", progress) as note:
+            return embed_inputs(
+                embedder, inputs, dimensions=dimensions, prompt=prompt, truncate=truncate, note=note
+            )
+
+    def pair_scores(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        truncate: int | None = None,
+        progress: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """float32 [N]: a cross encoder's score of each pair; else the cosine of the vectors."""
+        with counting(len(pairs), "pairs", progress) as note:
+            return pair_scores(self.embedder, pairs, truncate, note)
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
+        """(index, score) of every document, the best first."""
+        scores = self.pair_scores([(query, document) for document in documents])
+        return [(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
 
     def generate(
         self,
@@ -215,6 +278,10 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.request_id)
         return found
+
+
+def _task(model: str, config: EngineConfig) -> Task:
+    return resolve_task(resolve_model(model), config.task)
 
 
 def _config(settings: dict[str, Any]) -> EngineConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,3 +49,31 @@ class StepProgress:
         bar.add_task("generate", total=self._num_requests, speed="")
         bar.start()
         return bar
+
+
+@contextmanager
+def counting(
+    total: int | None, what: str, is_shown: bool | None
+) -> Iterator[Callable[[int], None]]:
+    """A bar of items done, drawn after 2 s; call what it yields with the items of each step.
+
+    is_shown None: when stderr is a terminal.
+    """
+    console, started, done = Console(stderr=True), time.monotonic(), 0
+    shown = sys.stderr.isatty() if is_shown is None else is_shown
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[speed]}"), console=console)
+    task = bar.add_task(what, total=total, speed="")
+
+    def note(count: int) -> None:
+        nonlocal done
+        done += count
+        elapsed = time.monotonic() - started
+        if shown and elapsed > SHOW_AFTER_S:
+            bar.start()
+            bar.update(task, completed=done, speed=f"{done / elapsed:,.0f}/s")
+
+    try:
+        yield note
+    finally:
+        bar.stop()

@@ -74,6 +74,7 @@ class SamplingParams:
     # min_p; of the plain softmax where greedy), as policy gradients need it
     logprobs_mode: Literal["raw", "processed"] = "raw"
     structured: StructuredSpec | None = None
+    speculation: bool | None = None  # may tokens be guessed ahead; None = as the engine is set
     skip_special_tokens: bool = True
 
 
@@ -136,6 +137,15 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DraftResult:
+    """What became of one draft: of `num_tokens` guesses the first `num_accepted` were right."""
+
+    source: str  # which drafter
+    num_tokens: int
+    num_accepted: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """One engine step, for metrics and the live page. Times in seconds."""
@@ -150,3 +160,5 @@ class StepStats:
     num_preempted: int
     kv_usage: float  # 0..1, blocks held by sequences / all blocks
     token_budget: int
+    num_draft_tokens: int = 0  # rows of guesses, beside the decodes' own
+    drafts: tuple[DraftResult, ...] = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -31,12 +32,22 @@ if TYPE_CHECKING:
 
 # Rows of logits held at once for prompt_logprobs: 256 rows x 150k vocabulary x 4 B = 154 MB.
 LOGITS_ROWS = 256
-# Shapes whose Batch is kept. A Batch is eight views, about 3 KB.
+# Shapes whose Batch is kept. A Batch is nine views, about 3 KB.
 MAX_KEPT_BATCHES = 1024
 
 
 class InferenceModel(SizedModel, Protocol):
     """What the engine needs of a decoder; see model/decoder.py."""
+
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a prompt token runs."""
+        ...
+
+    @property
+    def skips_prompt_rows(self) -> bool:
+        """Whether prompt tokens stop before the last layer, so that they have no logits."""
+        ...
 
     def hidden(self, batch: Batch) -> Tensor:
         """[R, D] final hidden states of `batch.output_rows`."""
@@ -62,7 +73,9 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """`values[rows[i]]` are the logits of the i-th chunk that samples."""
+    """`values[rows[i]]` are the logits of the i-th chunk that samples, at its last committed token;
+    those of its drafts follow.
+    """
 
     values: NDArray[np.float32]
     rows: tuple[int, ...]
@@ -86,6 +99,7 @@ class InputBuffers:
             "query_starts": ((max_seqs + 1,), torch.int32),
             "context_lens": ((max_seqs,), torch.int32),
             "output_rows": ((max_tokens,), torch.int32),
+            "output_starts": ((max_seqs + 1,), torch.int32),
             "block_tables": ((max_seqs, max_blocks), torch.int32),
         }
         pinned = device != "cpu"
@@ -104,6 +118,7 @@ class InputBuffers:
         self.query_starts: NDArray[np.int32] = self._host["query_starts"].numpy()
         self.context_lens: NDArray[np.int32] = self._host["context_lens"].numpy()
         self.output_rows: NDArray[np.int32] = self._host["output_rows"].numpy()
+        self.output_starts: NDArray[np.int32] = self._host["output_starts"].numpy()
         self.block_tables: NDArray[np.int32] = self._host["block_tables"].numpy()
 
     def upload(self) -> None:
@@ -126,6 +141,7 @@ class InputBuffers:
             context_lens=view["context_lens"][:s],
             output_rows=view["output_rows"][:r],
             kv=KVView(layers, view["block_tables"][:s], view["slots"][:t], block_size),
+            output_starts=view["output_starts"][: s + 1],
         )
 
 
@@ -141,10 +157,12 @@ class Runner:
         max_tokens: int,
         max_seqs: int,
         max_blocks: int,
+        max_drafts: int = 0,
         kv_dtype: torch.dtype | None = None,
         device: str = "cpu",
         replay: bool = False,
     ) -> None:
+        """A step has at most `max_seqs` + `max_drafts` output rows: their logits are kept."""
         self.decoder = decoder
         self.block_size = block_size
         self.layers = decoder.new_kv_layers(num_blocks, block_size, kv_dtype)
@@ -152,7 +170,9 @@ class Runner:
         self._batches: dict[BatchShape, Batch] = {}
         self._offsets = np.arange(max_tokens, dtype=np.int32)
         widest = self.buffers.batch(
-            BatchShape(max_tokens, max_seqs, max_seqs), self.layers, block_size
+            BatchShape(max_tokens, max_seqs, min(max_tokens, max_seqs + max_drafts)),
+            self.layers,
+            block_size,
         )
         self.captured = capture(decoder, widest) if replay else None
 
@@ -174,7 +194,7 @@ class Runner:
         if any(_asks(chunk) for chunk in chunks):
             return self._run_with_prompt_logprobs(chunks)
         rows = self._fill(chunks)
-        self.buffers.output_rows[: len(rows)] = rows
+        self._fill_outputs(rows, len(chunks))
         if self.captured is not None:
             num_tokens = int(self.buffers.query_starts[len(chunks)])
             logits = self.captured(num_tokens, len(rows), len(chunks))
@@ -182,7 +202,7 @@ class Runner:
             logits = self.forward(self._batch_of(chunks, len(rows)))
         else:
             return self._run_without_logits(chunks)
-        return Logits(_as_numpy(logits), tuple(range(len(rows))))
+        return Logits(_as_numpy(logits), _first_rows(chunks))
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -212,21 +232,30 @@ class Runner:
     @torch.inference_mode()
     def run_probe(self, num_tokens: int) -> None:
         """A forward of one prompt chunk, to be timed. Only while no sequence holds a block."""
+        self._probe(num_tokens, 0, 1)
+
+    @torch.inference_mode()
+    def run_verify_probe(self, num_rows: int, num_keys: int) -> None:
+        """As `run_probe`, a decode with drafts: `num_rows` output rows behind `num_keys` keys."""
+        self._probe(num_rows, num_keys, num_rows)
+
+    def _probe(self, num_tokens: int, num_keys: int, num_rows: int) -> None:
         buffers, size = self.buffers, self.block_size
-        at = self._offsets[:num_tokens]
+        at = self._offsets[:num_tokens] + num_keys
         buffers.tokens[:num_tokens] = 0
         buffers.positions[:num_tokens] = at
         buffers.slots[:num_tokens] = at + size  # block 1 and up
         buffers.query_starts[:2] = (0, num_tokens)
-        buffers.context_lens[0] = num_tokens
-        buffers.output_rows[0] = num_tokens - 1
-        num_blocks = -(-num_tokens // size)
+        buffers.context_lens[0] = num_keys + num_tokens
+        buffers.output_rows[:num_rows] = self._offsets[num_tokens - num_rows : num_tokens]
+        buffers.output_starts[:2] = (0, num_rows)
+        num_blocks = -(-(num_keys + num_tokens) // size)
         buffers.block_tables[0] = 0
         buffers.block_tables[0, :num_blocks] = np.arange(1, num_blocks + 1)
         if self.captured is not None:
-            self.captured(num_tokens, 1, 1)
+            self.captured(num_tokens, num_rows, 1)
         else:
-            _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, 1))))
+            _as_numpy(self.forward(self._batch(BatchShape(num_tokens, 1, num_rows))))
 
     def _batch_of(self, chunks: Sequence[Chunk], num_rows: int) -> Batch:
         num_tokens = int(self.buffers.query_starts[len(chunks)])
@@ -243,8 +272,11 @@ class Runner:
         return batch
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write all inputs but `output_rows`; returns the last row of each sampling chunk."""
-        buffers, rows, end = self.buffers, [], 0
+        """Write all inputs but the output rows; returns each sampling chunk's last row, and those
+        of its drafts.
+        """
+        buffers, end = self.buffers, 0
+        rows: list[int] = []
         for chunk_idx, chunk in enumerate(chunks):
             if chunk.num_tokens == 1:
                 self._fill_one(chunk, end)
@@ -257,8 +289,16 @@ class Runner:
             assert table is not None, "a scheduled sequence has a table"
             buffers.block_tables[chunk_idx] = table
             if chunk.samples:
-                rows.append(end - 1)
+                rows.extend(range(end - 1 - chunk.num_drafts, end))
         return rows
+
+    def _fill_outputs(self, rows: list[int], num_chunks: int) -> None:
+        """Write `output_rows` (ascending) and how many of them lie before each chunk's end."""
+        buffers = self.buffers
+        written = buffers.output_rows[: len(rows)]
+        written[:] = rows
+        ends = buffers.query_starts[1 : num_chunks + 1]
+        buffers.output_starts[1 : num_chunks + 1] = written.searchsorted(ends)
 
     def _fill_one(self, chunk: Chunk, row: int) -> None:
         """The decode's way: scalars only."""
@@ -274,7 +314,9 @@ class Runner:
         part = slice(row, row + count)
         at = self._offsets[:count] + chunk.start
         assert seq.table is not None, "a scheduled sequence has a table"
-        self.buffers.tokens[part] = seq.tokens(chunk.start, count)
+        committed = row + chunk.num_committed
+        self.buffers.tokens[row:committed] = seq.tokens(chunk.start, chunk.num_committed)
+        self.buffers.tokens[committed : row + count] = seq.draft
         self.buffers.positions[part] = at + seq.state.rope_offset
         self.buffers.slots[part] = block_slots(seq, at, self.block_size)
 
@@ -282,7 +324,7 @@ class Runner:
         """Inner chunks of prompts: only keys and values are wanted. One row keeps shapes sound;
         the head, a fifth of a small model's weights, is not read for it.
         """
-        self.buffers.output_rows[0] = 0
+        self._fill_outputs([int(self.buffers.query_starts[len(chunks)]) - 1], len(chunks))
         self.fill_cache(self._batch_of(chunks, 1))
         return Logits(np.empty((0, 1), np.float32), ())
 
@@ -291,7 +333,7 @@ class Runner:
         last_rows = self._fill(chunks)
         asked = {i: rows for i, rows in enumerate(_token_rows(chunks)) if _asks(chunks[i])}
         wanted = sorted(set(last_rows).union(*asked.values()))
-        self.buffers.output_rows[: len(wanted)] = wanted
+        self._fill_outputs(wanted, len(chunks))
         hidden = self.decoder.hidden(self._batch_of(chunks, len(wanted)))
         place = {row: i for i, row in enumerate(wanted)}
         entries: dict[int, list[TokenLogprob]] = {}
@@ -302,7 +344,7 @@ class Runner:
             return Logits(np.empty((0, 1), np.float32), (), entries)
         index = torch.tensor([place[row] for row in last_rows], device=hidden.device)
         values = _as_numpy(self.decoder.logits(hidden[index]))
-        return Logits(values, tuple(range(len(last_rows))), entries)
+        return Logits(values, _first_rows(chunks), entries)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> list[TokenLogprob]:
         """Row i of the chunk predicts prompt token start + i + 1; the last may predict none."""
@@ -320,6 +362,12 @@ class Runner:
 def _asks(chunk: Chunk) -> bool:
     """The request asked for its prompt's logprobs and has not been told them yet."""
     return chunk.seq.state.prompt_logprobs is not None
+
+
+def _first_rows(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """Of each chunk that samples: where its output rows begin."""
+    counts = [1 + chunk.num_drafts for chunk in chunks if chunk.samples]
+    return tuple(accumulate(counts[:-1], initial=0)) if counts else ()
 
 
 def block_slots(seq: EngineSequence, at: NDArray[np.int32], block_size: int) -> NDArray[np.int64]:

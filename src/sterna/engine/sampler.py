@@ -23,7 +23,7 @@ hundred to sort instead of 49k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,11 @@ class RowPlan:
     bitmask: NDArray[np.int32] | None = None  # bit i of word i // 32: token i is allowed
     is_free: bool = field(init=False)  # steps 1 and 2 do nothing, now and later
     is_plain_greedy: bool = field(init=False)
+
+    def ahead(self, tokens: Sequence[int]) -> RowPlan:
+        """The plan of the row behind `tokens`, as if they were committed."""
+        bitmask = None if self.bitmask is None else self.bitmask.copy()
+        return replace(self, output=[*self.output, *tokens], bitmask=bitmask)
 
     def __post_init__(self) -> None:
         p = self.params
@@ -97,6 +102,31 @@ def sample(
     drawn = _draw_free(logits, rows, plans)
     jobs = enumerate(zip(rows, plans, strict=True))
     return [_sample_row(logits[row], plan, drawn.get(i)) for i, (row, plan) in jobs]
+
+
+def draw_tokens(
+    logits: NDArray[np.float32],
+    rows: Sequence[int],
+    plans: Sequence[RowPlan],
+    ahead: Sequence[int],
+) -> list[int]:
+    """Tokens of rows whose plans are free, -1 for a broken row; row i is `ahead[i]` tokens further
+    than its plan's output.
+    """
+    if all(is_greedy(plan.params) for plan in plans):
+        return [_greedy_token(logits[row]) for row in rows]
+    jobs = list(zip(rows, plans, ahead, strict=True))
+    tokens = draw(logits, [_as_draw(*job) for job in jobs])
+    if tokens is None:
+        return [_draw_alone(logits[row], plan, num_ahead) for row, plan, num_ahead in jobs]
+    return tokens
+
+
+def sampled(raw: NDArray[np.float32], plan: RowPlan, token_id: int) -> Sampled:
+    """A drawn token with the logprobs that were asked for; an error for -1."""
+    if token_id == -1:
+        return _broken_row()
+    return Sampled(token_id, chosen_logprob(raw, plan.params, token_id))
 
 
 def chosen_logprob(
@@ -146,9 +176,21 @@ def _draw_free(
     return {} if tokens is None else dict(zip(free, tokens, strict=True))
 
 
-def _as_draw(row: int, plan: RowPlan) -> Draw:
+def _greedy_token(row: NDArray[np.float32]) -> int:
+    best = int(row.argmax())
+    return best if np.isfinite(row[best]) else -1
+
+
+def _draw_alone(row: NDArray[np.float32], plan: RowPlan, ahead: int) -> int:
+    """Without a native draw."""
+    if is_greedy(plan.params) or not np.isfinite(row.max()):
+        return _greedy_token(row)
+    return reference_draw(row, plan, ahead)
+
+
+def _as_draw(row: int, plan: RowPlan, ahead: int = 0) -> Draw:
     p = plan.params
-    share = 0.0 if is_greedy(p) else uniform(plan.seed, plan.sample_idx, len(plan.output))
+    share = 0.0 if is_greedy(p) else uniform(plan.seed, plan.sample_idx, len(plan.output) + ahead)
     return Draw(row, p.temperature, p.top_k, p.top_p, p.min_p, share)
 
 
@@ -162,7 +204,7 @@ def _sample_row(raw: NDArray[np.float32], plan: RowPlan, drawn: int | None) -> S
         if row is None:
             return Sampled(-1, error=_nothing_left())
         token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
-    return Sampled(token_id, chosen_logprob(raw, plan.params, token_id))
+    return sampled(raw, plan, token_id)
 
 
 def _process(raw: NDArray[np.float32], plan: RowPlan) -> NDArray[np.float32] | None:
@@ -230,10 +272,10 @@ def _draw(row: NDArray[np.float32], plan: RowPlan) -> int:
     return reference_draw(row, plan) if tokens is None else tokens[0]
 
 
-def reference_draw(row: NDArray[np.float32], plan: RowPlan) -> int:
-    """Steps 3 to 6 in numpy."""
+def reference_draw(row: NDArray[np.float32], plan: RowPlan, ahead: int = 0) -> int:
+    """Steps 3 to 6 in numpy, `ahead` tokens further than the plan's output."""
     ids, probs = _probabilities(row, plan.params)
-    place = _invert_cdf(probs, uniform(plan.seed, plan.sample_idx, len(plan.output)))
+    place = _invert_cdf(probs, uniform(plan.seed, plan.sample_idx, len(plan.output) + ahead))
     return place if ids is None else int(ids[place])
 
 

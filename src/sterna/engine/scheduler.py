@@ -11,6 +11,12 @@ Who gets the prompt share R of a step:
   2. what is left goes to the shortest remaining prompts first, within a priority.
 Rule 2 lets a short question overtake a document; rule 1 keeps the document moving.
 
+Drafts. A decode may carry guesses of its next tokens (`Sequence.draft`, see speculate.py): its
+chunk is then 1 + num_drafts rows, all of them output rows. Draft rows come out of the decodes'
+share of the budget, after every decode has its row: they delay no decode, and prompts keep
+R >= B/4. They take blocks that are free beyond one for each running sequence, so a draft preempts
+nobody; what finds no place is cut off.
+
 Order is (priority, arrival, sample), a total order that never changes.
 
 Why it cannot deadlock. (a) A sequence whose prompt + max_tokens exceeds the pool is refused by
@@ -21,17 +27,19 @@ first running sequence is never preempted unless it is the only one, and then by
 exist. It makes progress each step until it ends, then the next is first. (d) When nothing runs,
 the first ready sequence of the queue is admitted without headroom, and by (a) it fits.
 
-Starvation bound. Decodes take at most 3/4 of the budget B (`max_running`), so R >= B/4 and the
-oldest prompt computes at least B/8 tokens a step. A request that fits the free memory and finds a
-free place therefore gets its first chunk after at most N + 8 A / B steps, where N requests with A
-prompt tokens are ahead of it in the order, however many requests arrive after it and however long
-the others generate. A request that does not fit the free memory may be overtaken by at most
-MAX_BYPASS later admissions; then nobody is admitted before it until it fits.
+Starvation bound. Decodes and their drafts take at most 3/4 of the budget B (`max_running`,
+`_add_drafts`), so R >= B/4 and the oldest prompt computes at least B/8 tokens a step. A request
+that fits the free memory and finds a free place therefore gets its first chunk after at most
+N + 8 A / B steps, where N requests with A prompt tokens are ahead of it in the order, however many
+requests arrive after it and however long the others generate or guess. A request that does not fit
+the free memory may be overtaken by at most MAX_BYPASS later admissions; then nobody is admitted
+before it until it fits. Drafts take no new block while a request could be admitted.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -48,6 +56,7 @@ MAX_DECODE_SHARE = 0.75
 class Chunk(NamedTuple):
     """Tokens `start .. start + num_tokens` of `seq`. `samples`: the next token is drawn from it.
 
+    The last `num_drafts` of them are guesses; with the one before they are the output rows.
     A named tuple like all data made once a token: 0.3 us where a frozen dataclass takes 1.2.
     """
 
@@ -55,6 +64,16 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
+    num_drafts: int = 0
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens that are no guesses."""
+        return self.num_tokens - self.num_drafts
+
+    def without_drafts(self) -> Chunk:
+        """The same work, nothing guessed."""
+        return self._replace(num_tokens=self.num_committed, num_drafts=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,7 @@ class ScheduledStep:
     num_prompt_tokens: int
     num_preempted: int
     token_budget: int  # what bounded this step
+    num_draft_tokens: int = 0
 
 
 def _by_order(seq: Sequence) -> tuple[int, int, int]:
@@ -81,8 +101,13 @@ class Scheduler:
         token_budget: int,
         max_num_seqs: int,
         policy: Literal["splitfuse", "whole-prompt"] = "splitfuse",
+        max_drafts: int = 0,
     ) -> None:
+        """`max_drafts`: draft rows in one step, as many as there is memory for their logits."""
         self.tables = tables
+        self.max_drafts = max_drafts
+        # Called with each sequence that has left, for whatever reason.
+        self.on_finish: list[Callable[[Sequence], None]] = []
         self.token_budget = self.idle_budget = token_budget
         self.max_running = max_running(token_budget, max_num_seqs)
         self.policy = policy
@@ -117,6 +142,13 @@ class Scheduler:
         self._leave(seq)
         return self.tables.release_damaged(seq)
 
+    def restart_damaged(self, seq: Sequence) -> list[int]:
+        """Queue a running sequence to be computed anew; returns the blocks to be wiped."""
+        self.running.remove(seq)
+        damaged = self.tables.release_damaged(seq)
+        self.add(seq)
+        return damaged
+
     def set_token_budget(
         self, token_budget: int, max_num_seqs: int, idle_budget: int | None = None
     ) -> None:
@@ -125,20 +157,32 @@ class Scheduler:
         self.idle_budget = max(token_budget, idle_budget or 0)
         self.max_running = max_running(token_budget, max_num_seqs)
 
+    @property
+    def num_pending_prompt_tokens(self) -> int:
+        """Tokens, of prompts mostly, that could fill the next step beside the decodes."""
+        running = sum(seq.num_remaining for seq in self.running if seq.num_remaining > 1)
+        may_admit = len(self.running) < self.max_running
+        return running + (self.num_waiting_tokens if may_admit else 0)
+
     def schedule(self) -> ScheduledStep:
         """Choose the chunks of the next step and give them their blocks."""
         self._num_preempted = 0
         budget = self.token_budget
         if self.policy == "whole-prompt":
-            chunks = self._whole_prompts() or self._decodes()
+            chunks = self._whole_prompts() or self._add_drafts(self._decodes())
         else:
-            decodes = self._decodes()
-            budget = self.token_budget if decodes else self.idle_budget
-            chunks = decodes + self._prompt_chunks(budget - len(decodes))
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        num_decodes = sum(chunk.num_tokens == 1 and bool(chunk.seq.output) for chunk in chunks)
-        num_prompt = num_tokens - num_decodes
-        return ScheduledStep(tuple(chunks), num_decodes, num_prompt, self._num_preempted, budget)
+            chunks = self._add_drafts(self._decodes())
+            budget = self.token_budget if chunks else self.idle_budget
+            chunks += self._prompt_chunks(budget - sum(chunk.num_tokens for chunk in chunks))
+        return self._as_step(chunks, budget)
+
+    def _as_step(self, chunks: list[Chunk], budget: int) -> ScheduledStep:
+        num_drafts = sum(chunk.num_drafts for chunk in chunks)
+        num_decodes = sum(chunk.num_committed == 1 and bool(chunk.seq.output) for chunk in chunks)
+        num_prompt = sum(chunk.num_tokens for chunk in chunks) - num_drafts - num_decodes
+        return ScheduledStep(
+            tuple(chunks), num_decodes, num_prompt, self._num_preempted, budget, num_drafts
+        )
 
     def _leave(self, seq: Sequence) -> None:
         if seq.status is Status.RUNNING:
@@ -146,6 +190,9 @@ class Scheduler:
         elif seq.status is Status.WAITING:
             self._dequeue(seq)
         seq.status = Status.FINISHED
+        seq.draft.clear()
+        for hook in self.on_finish:
+            hook(seq)
 
     def _dequeue(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
@@ -161,6 +208,23 @@ class Scheduler:
                 chunks.append(Chunk(seq, seq.num_computed, 1, True))
         return chunks
 
+    def _add_drafts(self, decodes: list[Chunk]) -> list[Chunk]:
+        """Lengthen decodes by their drafts as far as budget, rows and free blocks reach."""
+        left = min(int(self.token_budget * MAX_DECODE_SHARE) - len(decodes), self.max_drafts)
+        # Beside a queue drafts make do with the blocks that are held already.
+        may_grow = not (self.waiting and self._may_admit())
+        keep_free = len(self.running) if may_grow else self.tables.pool.num_blocks
+        for i, chunk in enumerate(decodes):
+            seq = chunk.seq
+            if not seq.draft:
+                continue
+            asked = min(len(seq.draft), left) if seq.may_draft else 0
+            count = self.tables.extend_slots(seq, asked, keep_free) if asked > 0 else 0
+            del seq.draft[count:]
+            left -= count
+            decodes[i] = Chunk(seq, chunk.start, 1 + count, samples=True, num_drafts=count)
+        return decodes
+
     def _make_room(self, seq: Sequence) -> bool:
         """A writable slot for `seq`, at the expense of later sequences; False if it yielded."""
         while not self.tables.ensure_slot(seq):
@@ -174,6 +238,7 @@ class Scheduler:
         self.running.remove(seq)
         self.tables.release(seq)
         self._num_preempted += 1
+        seq.draft.clear()
         self.add(seq)
 
     def _prompt_chunks(self, budget: int) -> list[Chunk]:

@@ -93,6 +93,7 @@ class Sequence:
     num_queued_tokens: int = 0  # what this sequence adds to the queue's token count
     num_bypassed: int = 0  # admissions of later sequences while this one did not fit
     status: Status = Status.WAITING
+    draft: list[int] = field(default_factory=list)  # what may follow; not committed
     grammar: GrammarState | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +113,11 @@ class Sequence:
     def is_ready(self) -> bool:
         """False while the grammar compiles: the scheduler skips such a sequence."""
         return self.state.grammar is None
+
+    @property
+    def may_draft(self) -> bool:
+        """This is a decode, which may carry guesses of the tokens after the next one."""
+        return self.num_remaining == 1 and bool(self.output)
 
     @property
     def is_leader(self) -> bool:

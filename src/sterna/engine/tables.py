@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sterna.engine.kv import BlockPool, block_key, root_key
+from sterna.engine.kv import NULL_BLOCK, BlockPool, block_key, root_key
 from sterna.engine.sequence import Sequence
 
 
@@ -58,6 +58,28 @@ class BlockTables:
             self._extend(seq, fresh)
             return True
         return not self.pool.is_shared(seq.blocks[block_idx]) or self._copy(seq, block_idx)
+
+    def extend_slots(self, seq: Sequence, count: int, keep_free: int) -> int:
+        """Make up to `count` slots after the next token's writable, and leave `keep_free` blocks.
+
+        Only after `ensure_slot`. Returns how many slots there are now; takes no other's block.
+        """
+        size = self.pool.block_size
+        wanted = self.num_blocks_for(seq.num_computed + 1 + count) - len(seq.blocks)
+        fresh = self.pool.allocate(max(0, min(wanted, self.pool.num_free - keep_free)))
+        assert fresh is not None, "counted above"
+        self._extend(seq, fresh)
+        return min(count, len(seq.blocks) * size - seq.num_computed - 1)
+
+    def shrink(self, seq: Sequence) -> None:
+        """Give back the blocks behind the last computed token: those of rejected drafts."""
+        kept = self.num_blocks_for(seq.num_computed)
+        extra = seq.blocks[kept:]
+        if extra:
+            assert seq.table is not None, "a sequence with blocks has a table"
+            self.pool.free(extra)
+            seq.table[kept : len(seq.blocks)] = NULL_BLOCK
+            del seq.blocks[kept:]
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` share all blocks of `parent`; the first to write the last one copies it."""

@@ -30,6 +30,7 @@ class Limits:
     vocab_size: int
     max_model_len: int  # prompt + completion tokens
     max_pool_tokens: int  # tokens the whole KV cache holds
+    skips_prompt_rows: bool = False  # prompt tokens get no logits (SwiftKV)
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -46,12 +47,19 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 
 
 def check_prompt(request: EngineRequest, limits: Limits) -> None:
-    """RequestError when the prompt is empty or has unknown ids, ContextLengthError when it does
-    not fit together with what is asked for.
+    """RequestError when the prompt is empty, has unknown ids or log-probs that nobody computes,
+    ContextLengthError when it does not fit together with what is asked for.
     """
     prompt = request.prompt_token_ids
     if not prompt:
         raise RequestError("the prompt is empty; give at least 1 token", param="prompt")
+    if request.params.prompt_logprobs is not None and limits.skips_prompt_rows:
+        raise RequestError(
+            "prompt_logprobs is set, but this is a SwiftKV model: its prompt tokens run only the "
+            "first layers and have no log-probs; leave it out (and echo with logprobs), or serve "
+            "the model it was made of",
+            param="prompt_logprobs",
+        )
     _check_length(len(prompt), request.params, limits)
     # min and max of a tuple: exact for ids of any size, where an array would overflow.
     for token_id in (min(prompt), max(prompt)):

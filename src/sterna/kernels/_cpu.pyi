@@ -53,6 +53,14 @@ class Kernels:
     def rope(
         self, tape: Tape | None, tokens: int, rows: int, seqs: int, *args: int | float
     ) -> None: ...
+    def store(
+        self,
+        tape: Tape | None,
+        tokens: int,
+        rows: int,
+        seqs: int,
+        *args: int | float | list[int],
+    ) -> None: ...
     def attention(
         self, tape: Tape | None, tokens: int, rows: int, seqs: int, *args: int | float
     ) -> None: ...

@@ -66,8 +66,8 @@ def recompute(
 
 
 def autograd_kernel(
-    name: str, reference: Callable[..., Tensor], inference_only: bool
-) -> Callable[..., Tensor]:
+    name: str, reference: Callable[..., Tensor | None], inference_only: bool
+) -> Callable[..., Tensor | None]:
     """The Autograd kernel of op `name`: records a backward when some input asks for one.
 
     Raises KernelError when an inference-only op is asked to record one.
@@ -76,8 +76,8 @@ def autograd_kernel(
     record: Callable[..., Tensor] = _Differentiable.apply
     formula = BACKWARDS.get(name)
 
-    def kernel(*args: Any) -> Tensor:
-        op: Callable[..., Tensor] = getattr(torch.ops.sterna, name).default
+    def kernel(*args: Any) -> Tensor | None:
+        op: Callable[..., Tensor | None] = getattr(torch.ops.sterna, name).default
         if not (torch.is_grad_enabled() and any(_requires_grad(a) for a in args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)

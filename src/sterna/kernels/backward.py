@@ -41,9 +41,10 @@ def linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out_features: int,
+    activation: str = "none",
 ) -> Grads | None:
     """grad [T, N]."""
-    if weight.dim() != 2:
+    if weight.dim() != 2 or activation != "none":
         return None
     return (
         grad @ weight if wants[0] else None,
@@ -165,6 +166,8 @@ def _d_activate(grad: Tensor, x: Tensor, kind: str) -> Tensor:
         return _tensor(torch.ops.aten.silu_backward(grad, x))
     if kind == "relu":
         return grad * (x > 0)
+    if kind == "tanh":
+        return _tensor(torch.ops.aten.tanh_backward(grad, torch.tanh(x)))
     approximate = {"gelu": "none", "gelu_tanh": "tanh"}[kind]
     return _tensor(torch.ops.aten.gelu_backward(grad, x, approximate=approximate))
 

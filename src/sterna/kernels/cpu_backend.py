@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
-from sterna.kernels import _cpu, cpu_calls, cpu_quant_calls
+from sterna.kernels import _cpu, cpu_calls, cpu_encoder_calls, cpu_quant_calls
 from sterna.kernels.backend import use_backend
 from sterna.kernels.kv_codes import row_elems
 from sterna.kernels.optable import OPS, library
@@ -29,7 +29,7 @@ from sterna.kernels.tiles import TILE_ROWS, WIDTHS
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _PANEL = _cpu.PANEL
-_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS
+_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS | cpu_encoder_calls.ENCODER_CALLS
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)
 # Ops that take plain weights in training, and whether those are gated. From this many rows on a
@@ -52,15 +52,15 @@ class EagerSink:
         self.kernels = kernels
 
     def kind(self, x: Tensor) -> int:
-        """Eager calls count the rows they are given."""
-        return 0
+        """Eager calls count the rows they are given: how many tokens the step has is unknown."""
+        return 1
 
     def empty(self, rows: int, cols: int, dtype: torch.dtype, kind: int) -> Tensor:
         """See Sink."""
         return torch.empty(rows, cols, dtype=dtype)
 
     def counts(self, rows: int, seqs: int) -> tuple[int, int, int]:
-        """See Sink."""
+        """See Sink. The tokens of a call that counts them (encoders) are the rows it is given."""
         return rows, rows, seqs
 
 
@@ -194,12 +194,12 @@ def register() -> CpuBackend:
     return backend
 
 
-def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor]) -> Any:
+def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor | None]) -> Any:
     if name == "attention":
         return _attention_kernel(backend, reference)
     call = _CALLS[name]
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Tensor | None:
         sink = backend.sink
         is_eager = sink is backend.eager
         if not _serves(name, args, check=is_eager):
@@ -223,6 +223,13 @@ def _serves(name: str, args: tuple[Any, ...], check: bool) -> bool:
         if check:
             _check_tokens(args[0], _table_rows(args[1]))
         return _is_served(args[1].dtype, args[2])
+    if name == "embed_norm":
+        if check:
+            _check_tokens(args[0], args[1].shape[0])
+            _check_positions(args[2], args[3])
+        return args[1].dtype in cpu_calls.DTYPES
+    if name == "bidirectional_attention":
+        return _is_served(args[0].dtype, args[4])
     if name == "quant_embed":
         if check:
             _check_tokens(args[0], args[1].shape[0] * TILE_ROWS)
@@ -258,7 +265,17 @@ def _check_tokens(tokens: Tensor, vocab: int) -> None:
         raise KernelError(f"token ids must lie in [0, {vocab})")
 
 
-def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor]) -> Any:
+def _check_positions(positions: Tensor, table: Tensor | None) -> None:
+    limit = 0 if table is None else table.shape[0]
+    if (
+        limit > 1
+        and positions.numel()
+        and not 0 <= int(positions.min()) <= int(positions.max()) < limit
+    ):
+        raise KernelError(f"positions must lie in [0, {limit})")
+
+
+def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor | None]) -> Any:
     """Varlen attention on the paged kernel, through a cache that lives for one call.
 
     So training and serving share the code that computes attention, to the bit.
@@ -273,7 +290,7 @@ def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor]) -> 
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
-    ) -> Tensor:
+    ) -> Tensor | None:
         heads = (num_heads, num_kv_heads, head_dim)
         if not _is_served(qkv.dtype, head_dim):
             return reference(qkv, query_starts, *heads, scale, window, softcap)

@@ -7,7 +7,7 @@ replayed is what was written, op by op.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "gelu": 4, "tanh": 5}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # others: the compute dtype, 0
 
@@ -35,11 +35,11 @@ class Sink(Protocol):
         ...
 
     def counts(self, rows: int, seqs: int) -> tuple[int, int, int]:
-        """(tokens, output rows, sequences) of an eager call; unused when recording."""
+        """The step's (tokens, output rows, sequences) of an eager call; 0 when recording."""
         ...
 
 
-Call = Callable[..., Tensor]
+Call = Callable[..., Tensor | None]
 
 
 def embed(
@@ -91,8 +91,10 @@ def linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    return _linear(sink, x, weight, out_features, bias=bias, residual=residual)
+    act = ACTIVATIONS[activation]
+    return _linear(sink, x, weight, out_features, bias=bias, residual=residual, act=act)
 
 
 def gated_linear(
@@ -118,6 +120,7 @@ def _linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: int = 0,
+    act: int = 0,
     out_dtype: torch.dtype | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
@@ -128,7 +131,7 @@ def _linear(
     sink.kernels.linear(
         sink.tape, *sink.counts(rows, 0), x.data_ptr(), weight.data_ptr(), address(bias),
         address(residual), out.data_ptr(), kind, DTYPES[x.dtype], int(weight.dim() == 4),
-        in_features, out_features, gate, int(out_dtype is not None), softcap, scale,
+        in_features, out_features, gate, act, int(out_dtype is not None), softcap, scale,
     )  # fmt: skip
     return out
 
@@ -178,17 +181,79 @@ def rope(
     block_size: int = 0,
 ) -> Tensor:
     """Serves `rope` and, with a cache, `rope_store`."""
-    tokens = qkv.shape[0]
-    heads = num_heads if cache is not None else num_heads + 2 * num_kv_heads
-    out = sink.empty(tokens, heads * head_dim, qkv.dtype, 0)
+    heads = (num_heads, num_kv_heads, head_dim)
+    paged = (cache, slots, block_size)
+    return _rope(sink, qkv, positions, None, table, q_norm, k_norm, eps, unit_offset, heads, paged)
+
+
+def rope_queries(
+    sink: Sink,
+    q: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    head_dim: int,
+) -> Tensor:
+    heads = (num_heads, 0, head_dim)
+    paged = (None, None, 0)
+    return _rope(sink, q, positions, rows, table, q_norm, None, eps, unit_offset, heads, paged)
+
+
+def _rope(
+    sink: Sink,
+    qkv: Tensor,
+    positions: Tensor,
+    row_ids: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    heads: tuple[int, int, int],
+    paged: tuple[Tensor | None, Tensor | None, int],
+) -> Tensor:
+    (num_heads, num_kv_heads, head_dim), (cache, slots, block_size) = heads, paged
+    rows, kind = qkv.shape[0], sink.kind(qkv)
+    written = num_heads if cache is not None else num_heads + 2 * num_kv_heads
+    out = sink.empty(rows, written * head_dim, qkv.dtype, kind)
     sink.kernels.rope(
-        sink.tape, *sink.counts(tokens, 0), qkv.data_ptr(), positions.data_ptr(), address(table),
-        address(q_norm), address(k_norm), out.data_ptr(), address(cache), address(slots),
-        DTYPES[qkv.dtype], num_heads, num_kv_heads, head_dim,
-        0 if table is None else table.shape[1], int(unit_offset), block_size,
-        0 if cache is None else cache_format(cache, qkv.dtype), eps,
+        sink.tape, *sink.counts(rows, 0), qkv.data_ptr(), positions.data_ptr(), address(row_ids),
+        address(table), address(q_norm), address(k_norm), out.data_ptr(), address(cache),
+        address(slots), kind, DTYPES[qkv.dtype], *heads, _rotary_dim(table), int(unit_offset),
+        block_size, 0 if cache is None else cache_format(cache, qkv.dtype), eps,
     )  # fmt: skip
     return out
+
+
+def store_kv(
+    sink: Sink,
+    kv: Tensor,
+    positions: Tensor,
+    tables: Sequence[Tensor | None],
+    k_norms: Sequence[Tensor | None],
+    eps: float,
+    unit_offset: bool,
+    num_kv_heads: int,
+    head_dim: int,
+    caches: Sequence[Tensor],
+    slots: Tensor,
+    block_size: int,
+) -> None:
+    sink.kernels.store(
+        sink.tape, *sink.counts(kv.shape[0], 0), kv.data_ptr(), positions.data_ptr(),
+        slots.data_ptr(), [address(table) for table in tables],
+        [_rotary_dim(table) for table in tables], [address(norm) for norm in k_norms],
+        [cache.data_ptr() for cache in caches], sink.kind(kv), DTYPES[kv.dtype], num_kv_heads,
+        head_dim, int(unit_offset), block_size, cache_format(caches[0], kv.dtype), eps,
+    )  # fmt: skip
+
+
+def _rotary_dim(table: Tensor | None) -> int:
+    return 0 if table is None else table.shape[1]
 
 
 def paged_attention(
@@ -207,12 +272,12 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """`q` rows may be wider than num_heads * head_dim: the query heads come first."""
-    tokens, stride = q.shape
-    out = sink.empty(tokens, num_heads * head_dim, q.dtype, 0)
+    (rows, stride), kind = q.shape, sink.kind(q)
+    out = sink.empty(rows, num_heads * head_dim, q.dtype, kind)
     sink.kernels.attention(
-        sink.tape, *sink.counts(tokens, context_lens.shape[0]), q.data_ptr(), cache.data_ptr(),
+        sink.tape, *sink.counts(rows, context_lens.shape[0]), q.data_ptr(), cache.data_ptr(),
         block_tables.data_ptr(), query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(),
-        DTYPES[q.dtype], num_heads, num_kv_heads, head_dim, block_size, block_tables.shape[1],
+        kind, DTYPES[q.dtype], num_heads, num_kv_heads, head_dim, block_size, block_tables.shape[1],
         stride, window, cache_format(cache, q.dtype), scale, softcap,
     )  # fmt: skip
     return out
@@ -244,5 +309,7 @@ CALLS: dict[str, Call] = {
     "logits": logits,
     "rope": rope,
     "rope_store": rope,
+    "rope_queries": rope_queries,
+    "store_kv": store_kv,
     "paged_attention": paged_attention,
 }

@@ -30,10 +30,12 @@ def quant_linear(
     residual: Tensor | None,
     out_features: int,
     int8_activations: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
+    act = ACTIVATIONS[activation]
     return _quant_linear(
-        sink, x, weight, out_features, int8_activations, bias=bias, residual=residual
+        sink, x, weight, out_features, int8_activations, bias=bias, residual=residual, act=act
     )
 
 
@@ -92,6 +94,7 @@ def _quant_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: int = 0,
+    act: int = 0,
     out_dtype: torch.dtype | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
@@ -105,7 +108,7 @@ def _quant_linear(
     sink.kernels.quant_linear(
         sink.tape, *sink.counts(rows, 0), rows_in.data_ptr(), *_weight_args(weight), address(bias),
         address(residual), out.data_ptr(), kind, DTYPES[x.dtype], out_features, gate,
-        int(out_dtype is not None), softcap, scale, unit,
+        act, int(out_dtype is not None), softcap, scale, unit,
     )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ which adds about 20 us a call; a Library with explicit keys adds 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ _embed: _Op = _sterna.embed.default
 _rms_norm: _Op = _sterna.rms_norm.default
 _layer_norm: _Op = _sterna.layer_norm.default
 _linear: _Op = _sterna.linear.default
+_embed_norm: _Op = _sterna.embed_norm.default
+_bidirectional_attention: _Op = _sterna.bidirectional_attention.default
+_pool: _Op = _sterna.pool.default
 _gated_linear: _Op = _sterna.gated_linear.default
 _activate: _Op = _sterna.activate.default
 _add: _Op = _sterna.add.default
@@ -51,6 +54,8 @@ _quant_logits: _Op = _sterna.quant_logits.default
 _rope: _Op = _sterna.rope.default
 _attention: _Op = _sterna.attention.default
 _rope_store: _Op = _sterna.rope_store.default
+_rope_queries: _Op = _sterna.rope_queries.default
+_store_kv: Callable[..., None] = _sterna.store_kv.default
 _paged_attention: _Op = _sterna.paged_attention.default
 
 
@@ -70,31 +75,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     return _rms_norm(x, weight, eps, unit_offset)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x [T, D], weight and bias [D] -> [T, D]."""
     return _layer_norm(x, weight, bias, eps)
 
 
+def embed_norm(
+    tokens: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    position_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """An encoder's first hidden states: tokens [T], positions [T] int32, table [V, D] -> [T, D].
+
+    layer_norm(table[token] + position_table[position]), rounded once. position_table: float32
+    [P, D]; [1, D] is added to every token, whatever its position; None adds nothing.
+    """
+    return _embed_norm(tokens, table, positions, position_table, weight, bias, eps)
+
+
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str = "none",
 ) -> Tensor:
     """x [T, K], weight [N, K], bias [N], residual [T, N] -> [T, N].
 
-    Bias and residual are added in float32, before the single rounding.
+    activation(x W^T + bias) + residual in float32, before the single rounding. `activation` is
+    "none" or one of `activate`.
     """
-    return _linear(x, weight, bias, residual, out_features)
+    return _linear(x, weight, bias, residual, out_features, activation)
 
 
 def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
     """x [T, K], weight [2I, K] (gate rows, then up rows) -> [T, I]: act(gate) * up.
 
-    `activation` is "silu" or "gelu_tanh"; `out_features` is I. One rounding.
+    `activation` is "silu", "gelu_tanh" or "gelu"; `out_features` is I. One rounding.
     """
     return _gated_linear(x, weight, activation, out_features)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Elementwise "relu", "gelu" (erf), "gelu_tanh" or "silu"; same shape."""
+    """Elementwise "relu", "gelu" (erf), "gelu_tanh", "silu" or "tanh"; same shape."""
     return _activate(x, kind)
 
 
@@ -151,10 +179,11 @@ def quant_linear(
     residual: Tensor | None,
     out_features: int,
     int8_activations: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     """x [T, K], weight [N, K] quantised -> [T, N] as `linear`."""
     weight = (tiles, scales, table, row_formats, bits, group_size, in_features)
-    return _quant_linear(x, *weight, bias, residual, out_features, int8_activations)
+    return _quant_linear(x, *weight, bias, residual, out_features, int8_activations, activation)
 
 
 def quant_gated_linear(
@@ -248,6 +277,33 @@ def attention(
     return _attention(qkv, query_starts, num_heads, num_kv_heads, head_dim, scale, window, softcap)
 
 
+def bidirectional_attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """qkv [T, (H + 2G) * C], query_starts [S + 1] int32 -> [T, H * C].
+
+    Every token of a sequence sees every other; with window w > 0, key j is visible to query i iff
+    |i - j| <= w.
+    """
+    heads = (num_heads, num_kv_heads, head_dim)
+    return _bidirectional_attention(qkv, query_starts, *heads, scale, window)
+
+
+def pool(x: Tensor, query_starts: Tensor, kind: str, normalize: bool = False) -> Tensor:
+    """x [T, D], query_starts [S + 1] int32 -> float32 [S, D], one row a sequence.
+
+    kind: "mean" of its rows, "cls" (the first) or "last". `normalize` divides by the Euclidean
+    length, at least 1e-12. Inference only.
+    """
+    return _pool(x, query_starts, kind, normalize)
+
+
 def rope_store(
     qkv: Tensor,
     positions: Tensor,
@@ -284,6 +340,57 @@ def rope_store(
     )
 
 
+def rope_queries(
+    q: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """q [R, H * C], positions [T] int32, rows [R] int32 -> same shape: `rope` of queries alone.
+
+    Row i is token rows[i], at positions[rows[i]]; None = all tokens. Inference only.
+    """
+    return _rope_queries(q, positions, rows, table, q_norm, eps, unit_offset, num_heads, head_dim)
+
+
+def store_kv(
+    kv: Tensor,
+    positions: Tensor,
+    tables: Sequence[Tensor | None],
+    k_norms: Sequence[Tensor | None],
+    eps: float,
+    unit_offset: bool,
+    num_kv_heads: int,
+    head_dim: int,
+    caches: Sequence[Tensor],
+    slots: Tensor,
+    block_size: int,
+) -> None:
+    """Keys and values of n layers into n caches at `slots` [T] int64, as `rope_store` does one.
+
+    kv [T, n * 2G * C]: of each layer its keys before rotation, then its values. tables and k_norms
+    are those of the layers. Inference only.
+    """
+    _store_kv(
+        kv,
+        positions,
+        tables,
+        k_norms,
+        eps,
+        unit_offset,
+        num_kv_heads,
+        head_dim,
+        caches,
+        slots,
+        block_size,
+    )
+
+
 def paged_attention(
     q: Tensor,
     cache: Tensor,
@@ -298,10 +405,11 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """q [T, H * C] from `rope_store` -> [T, H * C]; inference only.
+    """q [T, H * C] from `rope_store`, or [R, H * C] -> the same shape; inference only.
 
-    block_tables [S, B] int32, query_starts [S + 1] int32, context_lens [S] int32. The queries of
-    a sequence are the last of its context_len tokens. window and softcap as in `attention`.
+    block_tables [S, B] int32, query_starts [S + 1] int32 in rows of q, context_lens [S] int32. The
+    queries of a sequence are the last of its context_len tokens, or none. window and softcap as in
+    `attention`.
     """
     return _paged_attention(
         q,

@@ -36,12 +36,15 @@ _QUANT = "Tensor tiles, Tensor scales, Tensor table, Tensor? row_formats, int bi
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One row of the op table. `schema` is the argument list in PyTorch's schema language."""
+    """One row of the op table. `schema` is the argument list in PyTorch's schema language, and
+    `returns` what stands behind its arrow.
+    """
 
     name: str
     schema: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Tensor | None]
     inference_only: bool = False
+    returns: str = "Tensor"
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: _TOLERANCE)
 
 
@@ -58,12 +61,19 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec(
         "layer_norm",
-        "Tensor x, Tensor weight, Tensor bias, float eps",
+        "Tensor x, Tensor weight, Tensor? bias, float eps",
         reference.layer_norm,
     ),
     OpSpec(
+        "embed_norm",
+        "Tensor tokens, Tensor table, Tensor positions, Tensor? position_table, Tensor weight, "
+        "Tensor? bias, float eps",
+        reference.embed_norm,
+    ),
+    OpSpec(
         "linear",
-        "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_features",
+        "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out_features, "
+        "str activation='none'",
         reference.linear,
     ),
     OpSpec(
@@ -79,7 +89,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "quant_linear",
         f"Tensor x, {_QUANT}, int in_features, Tensor? bias, Tensor? residual, int out_features, "
-        "bool int8_activations=False",
+        "bool int8_activations=False, str activation='none'",
         quant_reference.quant_linear,
     ),
     OpSpec(
@@ -109,10 +119,37 @@ OPS: tuple[OpSpec, ...] = (
         reference.attention,
     ),
     OpSpec(
+        "bidirectional_attention",
+        f"Tensor qkv, Tensor query_starts, {_HEADS}, float scale, int window=0",
+        reference.bidirectional_attention,
+    ),
+    OpSpec(
+        "pool",
+        "Tensor x, Tensor query_starts, str kind, bool normalize=False",
+        reference.pool,
+        inference_only=True,
+    ),
+    OpSpec(
         "rope_store",
         f"{_ROPE}, Tensor(a!) cache, Tensor slots, int block_size",
         reference.rope_store,
         inference_only=True,
+    ),
+    OpSpec(
+        "rope_queries",
+        "Tensor q, Tensor positions, Tensor? rows, Tensor? table, Tensor? q_norm, float eps, "
+        "bool unit_offset, int num_heads, int head_dim",
+        reference.rope_queries,
+        inference_only=True,
+    ),
+    OpSpec(
+        "store_kv",
+        "Tensor kv, Tensor positions, Tensor?[] tables, Tensor?[] k_norms, float eps, "
+        "bool unit_offset, int num_kv_heads, int head_dim, Tensor(a!)[] caches, Tensor slots, "
+        "int block_size",
+        reference.store_kv,
+        inference_only=True,
+        returns="()",
     ),
     OpSpec(
         "paged_attention",
@@ -131,7 +168,7 @@ def library() -> Any:
     lib = make("sterna", "DEF")
     for op in OPS:
         backward = autograd.autograd_kernel(op.name, op.reference, op.inference_only)
-        lib.define(f"{op.name}({op.schema}) -> Tensor")
+        lib.define(f"{op.name}({op.schema}) -> {op.returns}")
         lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
         lib.impl(op.name, backward, "Autograd")
     return lib

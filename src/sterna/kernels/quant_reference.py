@@ -27,11 +27,13 @@ def quant_linear(
     residual: Tensor | None,
     out_features: int,
     int8_activations: bool = False,
+    activation: str = "none",
 ) -> Tensor:
-    """x @ w.T + bias + residual, rounded once."""
+    """activation(x @ w.T + bias) + residual, rounded once."""
     w = dequantize_tiles(tiles, scales, table, row_formats, bits, group_size, in_features)
     rows = _activations(x, int8_activations)
-    return reference.linear(rows, w[:out_features], bias, residual, out_features).to(x.dtype)
+    out = reference.linear(rows, w[:out_features], bias, residual, out_features, activation)
+    return out.to(x.dtype)
 
 
 def quant_gated_linear(

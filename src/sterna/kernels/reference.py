@@ -37,19 +37,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     return _rms_wide(wide(x), weight, eps, unit_offset).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim."""
-    normed = F.layer_norm(wide(x), x.shape[-1:], wide(weight), wide(bias), eps)
-    return normed.to(x.dtype)
+    return _layer_norm_wide(wide(x), weight, bias, eps).to(x.dtype)
+
+
+def embed_norm(
+    tokens: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    position_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """layer_norm of the token's row plus the position's; a table of one row serves all."""
+    rows = wide(table.index_select(0, tokens))
+    if position_table is not None:
+        is_one = position_table.shape[0] == 1
+        rows = rows + (position_table if is_one else position_table.index_select(0, positions))
+    return _layer_norm_wide(rows, weight, bias, eps).to(table.dtype)
+
+
+def _layer_norm_wide(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    shift = None if bias is None else wide(bias).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], wide(weight).to(x.dtype), shift, eps)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    """x @ weight.T + bias + residual, rounded once."""
+    """activation(x @ weight.T + bias) + residual, rounded once."""
     y = wide(x) @ wide(plain_weight(weight, out_features, x.shape[-1])).t()
     if bias is not None:
         y = y + wide(bias)
+    if activation != "none":
+        y = activate_wide(y, activation)
     if residual is not None:
         y = y + wide(residual)
     return y.to(x.dtype)
@@ -63,7 +91,7 @@ def gated_linear(x: Tensor, weight: Tensor, activation: str, out_features: int) 
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """relu, gelu (erf), gelu_tanh or silu of every element."""
+    """relu, gelu (erf), gelu_tanh, silu or tanh of every element."""
     return activate_wide(wide(x), kind).to(x.dtype)
 
 
@@ -125,6 +153,36 @@ def attention(
     return torch.cat(outputs).reshape(qkv.shape[0], num_heads * head_dim).to(qkv.dtype)
 
 
+def bidirectional_attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Attention of packed sequences, every token over all of its own sequence or a window."""
+    q, k, v = _split_heads(qkv, num_heads, num_kv_heads, head_dim)
+    outputs = [
+        _attend_both(q[a:b], k[a:b], v[a:b], scale, window)
+        for a, b in itertools.pairwise(query_starts.tolist())
+    ]
+    return torch.cat(outputs).reshape(qkv.shape[0], num_heads * head_dim).to(qkv.dtype)
+
+
+def pool(x: Tensor, query_starts: Tensor, kind: str, normalize: bool = False) -> Tensor:
+    """float32 [S, D]: mean, first or last row of each sequence."""
+    if kind not in ("mean", "cls", "last"):
+        raise ValueError(f"unknown pooling {kind!r} (known: cls, last, mean)")
+    spans = list(itertools.pairwise(query_starts.tolist()))
+    if kind == "mean":
+        rows = torch.stack([wide(x[a:b]).mean(dim=0) for a, b in spans])
+    else:
+        rows = wide(torch.stack([x[a] if kind == "cls" else x[b - 1] for a, b in spans]))
+    return F.normalize(rows, dim=-1) if normalize else rows
+
+
 def rope_store(
     qkv: Tensor,
     positions: Tensor,
@@ -145,13 +203,56 @@ def rope_store(
         qkv, positions, table, q_norm, k_norm, eps, unit_offset, num_heads, num_kv_heads, head_dim
     )
     q, k, v = _split_heads(rotated, num_heads, num_kv_heads, head_dim)
-    view = _cache_rows(cache, num_kv_heads, block_size)
+    _write(k, v, cache, slots, block_size)
+    return q.reshape(qkv.shape[0], num_heads * head_dim).contiguous()
+
+
+def rope_queries(
+    q: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    num_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """`rope` of query heads alone, whose row i is token rows[i] (None: token i)."""
+    at = positions if rows is None else positions.index_select(0, rows)
+    return rope(q, at, table, q_norm, None, eps, unit_offset, num_heads, 0, head_dim)
+
+
+def store_kv(
+    kv: Tensor,
+    positions: Tensor,
+    tables: list[Tensor | None],
+    k_norms: list[Tensor | None],
+    eps: float,
+    unit_offset: bool,
+    num_kv_heads: int,
+    head_dim: int,
+    caches: list[Tensor],
+    slots: Tensor,
+    block_size: int,
+) -> None:
+    """The keys (rotated) and values of several layers, each into its cache."""
+    parts = kv.chunk(len(caches), dim=1)
+    for part, table, k_norm, cache in zip(parts, tables, k_norms, caches, strict=True):
+        heads = (0, num_kv_heads, head_dim)
+        rotated = rope(part.contiguous(), positions, table, None, k_norm, eps, unit_offset, *heads)
+        _, k, v = _split_heads(rotated, *heads)
+        _write(k, v, cache, slots, block_size)
+
+
+def _write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, block_size: int) -> None:
+    """k, v [T, G, C] into a cache, as codes when it is quantised."""
+    view = _cache_rows(cache, k.shape[1], block_size)
     if cache.dtype in kv_codes.LARGEST:
         k, v = kv_codes.quantise(k, cache.dtype), kv_codes.quantise(v, cache.dtype)
     blocks, offsets = slots // block_size, slots % block_size
     view[blocks, 0, :, offsets] = k
     view[blocks, 1, :, offsets] = v
-    return q.reshape(qkv.shape[0], num_heads * head_dim).contiguous()
 
 
 def paged_attention(
@@ -208,6 +309,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap:
     return (scores.softmax(dim=-1) @ v_HnC).transpose(0, 1)
 
 
+def _attend_both(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """q [n, H, C] over all of k, v [n, G, C], or those at most `window` away; [n, H, C]."""
+    n, group = q.shape[0], q.shape[1] // k.shape[1]
+    q_HnC = wide(q).transpose(0, 1)
+    k_HnC = wide(k).transpose(0, 1).repeat_interleave(group, dim=0)
+    v_HnC = wide(v).transpose(0, 1).repeat_interleave(group, dim=0)
+    scores = q_HnC @ k_HnC.transpose(1, 2) * scale
+    if window > 0:
+        at = torch.arange(n, device=q.device)
+        scores = scores.masked_fill((at[:, None] - at).abs() > window, float("-inf"))
+    return (scores.softmax(dim=-1) @ v_HnC).transpose(0, 1)
+
+
 def _split_heads(
     qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,4 +363,6 @@ def activate_wide(x: Tensor, kind: str) -> Tensor:
         return F.gelu(x)
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    raise ValueError(f"unknown activation {kind!r} (known: gelu, gelu_tanh, relu, silu)")
+    if kind == "tanh":
+        return torch.tanh(x)
+    raise ValueError(f"unknown activation {kind!r} (known: gelu, gelu_tanh, relu, silu, tanh)")

@@ -20,7 +20,8 @@ class KVView:
     no sequence owns (the null block), so a kernel may read it but never depends on its content.
     """
 
-    layers: tuple[Tensor, ...]  # one opaque cache tensor a layer, see kernels.ops.new_kv_cache
+    # One opaque cache tensor a layer, or a group of layers (SwiftKV): see kernels.ops.new_kv_cache
+    layers: tuple[Tensor, ...]
     block_tables: Tensor  # [S, B] int32
     slots: Tensor  # [T] int64   block * block_size + offset where each new token's K/V is written
     block_size: int
@@ -36,3 +37,14 @@ class Batch:
     context_lens: Tensor  # [S] int32   cached + new tokens
     output_rows: Tensor | None = None  # [R] int32   rows whose hidden state is wanted; None = all
     kv: KVView | None = None
+    # [S + 1] int32   where each sequence's output rows begin in [0, R]. In serving only (None in
+    # training): there the output rows of a sequence are the last rows of its chunk, or none.
+    output_starts: Tensor | None = None
+
+    @property
+    def row_starts(self) -> Tensor:
+        """[S + 1] int32: where each sequence's rows begin among those of the output."""
+        if self.output_rows is None:
+            return self.query_starts
+        assert self.output_starts is not None, "a batch to serve says whose its output rows are"
+        return self.output_starts

@@ -8,13 +8,14 @@ dictionary (see gguf_config.py), so there is one parser. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sterna.core.errors import ModelFileError, UnsupportedModelError
 from sterna.core.lookup import unknown
-from sterna.model.families import Family, family_of_architecture
+from sterna.model.families import Family, Names, family_of_architecture
 from sterna.model.rope_config import RopeConfig, parse_rope
+from sterna.model.swiftkv_config import SwiftKVConfig, split_config, swiftkv_names
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -41,6 +42,7 @@ class ModelConfig:
     `layer_windows[i]`: sliding window of layer i in tokens, 0 = full attention.
     `layer_ropes[i]`: index into `ropes`, -1 = no rotation (NoPE or learned positions).
     `hf`: the config.json this came from (or would have), written back on save.
+    `swiftkv`: None for a plain model.
     """
 
     family: Family
@@ -66,6 +68,13 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     hf: Mapping[str, Any] = field(repr=False, compare=False)
+    swiftkv: SwiftKVConfig | None = None
+
+    @property
+    def hf_names(self) -> Names:
+        """How a Hugging Face folder of this model names its tensors."""
+        swift = self.swiftkv
+        return self.family.hf_names if swift is None else swiftkv_names(self, swift)
 
     @property
     def embed_scale(self) -> float:
@@ -90,11 +99,15 @@ def parse_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
     Raises UnsupportedModelError for an unknown architecture or option, ModelFileError for a
     missing or impossible value.
     """
-    text = _text_part(hf)
+    plain, swift = split_config(hf, source)
+    text = _text_part(plain)
     family = family_of_architecture(_architecture(text, source), source)
     reader = _Reader({**family.hf_defaults, **_renamed(text)}, source)
     _refuse_unsupported(reader, family)
-    return _build(reader, family, hf)
+    config = replace(_build(reader, family, hf), swiftkv=swift)
+    if swift is not None:
+        swift.check(config)
+    return config
 
 
 def _build(reader: _Reader, family: Family, hf: Mapping[str, Any]) -> ModelConfig:

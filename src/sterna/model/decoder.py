@@ -8,7 +8,7 @@ hidden = norm(h); logits = head(hidden)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,31 @@ from sterna.model.config import ModelConfig
 from sterna.model.heads import Embedding, LMHead, PositionEmbedding
 from sterna.model.layers import Attention, Block, GatedLinear, Linear, new_norm
 from sterna.model.rope import rope_table, short_rows
+from sterna.model.rope_config import RopeConfig
 from sterna.parallel.ulysses import ParallelPlan
 
 # (decoder, embedded h [T, D], batch) -> the last block's output, or None: take the usual way
 Walk = Callable[["Decoder", Tensor, Batch], Tensor | None]
 
 
+class RopeSettings(Protocol):
+    """What rope tables are made from."""
+
+    @property
+    def num_positions(self) -> int:
+        """Longest sequence."""
+        ...
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotations in use."""
+        ...
+
+
 class RopeTables(nn.Module):
     """The float32 rope tables of a model; they follow its device but never its dtype."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: RopeSettings, device: torch.device) -> None:
         super().__init__()
         length = config.num_positions
         self.tables = [rope_table(rope, length).to(device) for rope in config.ropes]
@@ -46,6 +61,7 @@ class Decoder(nn.Module):
 
     embed_positions: PositionEmbedding | None
     lm_head: LMHead | None
+    skips_prompt_rows = False  # whether served prompt tokens stop before the last layer
 
     def __init__(
         self,
@@ -112,6 +128,12 @@ class Decoder(nn.Module):
             if isinstance(module, Attention):
                 module.plan = plan
 
+    @property
+    def prompt_layers(self) -> str:
+        """For people: how many layers a served prompt token runs."""
+        swift, count = self.config.swiftkv, self.config.num_hidden_layers
+        return f"all {count}" if swift is None else swift.line(count)
+
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [R, V] of the batch."""
         return self.logits(self.hidden(batch))
@@ -123,10 +145,15 @@ class Decoder(nn.Module):
 
         `dtype`: int8 or float8_e4m3fn for a quantised cache; None = the model's.
         """
+        return tuple(self.new_kv_layer(num_blocks, block_size, dtype) for _ in self.layers)
+
+    def new_kv_layer(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """One of `new_kv_layers`."""
         config = self.config
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        kind, device = dtype or self.dtype, self.device
-        return tuple(ops.new_kv_cache(*shape, kind, device) for _ in self.layers)
+        return ops.new_kv_cache(*shape, dtype or self.dtype, self.device)
 
     def rope_row_offset(self, total_len: int) -> int:
         """What to add to the positions of a sequence that may grow to `total_len` tokens.

@@ -26,7 +26,7 @@ def new_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.P
 
 
 class Linear(nn.Module):
-    """y = x @ weight.T + bias + residual."""
+    """y = activation(x @ weight.T + bias) + residual."""
 
     bias: nn.Parameter | None
 
@@ -43,9 +43,11 @@ class Linear(nn.Module):
         self.weight = new_parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = new_parameter(out_features, dtype=dtype, device=device) if has_bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
         """x [T, K] -> [T, N]; `residual` [T, N] is added before the rounding."""
-        return ops.linear(x, self.weight, self.bias, residual, self.out_features)
+        return ops.linear(x, self.weight, self.bias, residual, self.out_features, activation)
 
     def prepare_inference(self) -> None:
         """Replace the weight by the back end's packed one."""

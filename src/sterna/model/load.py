@@ -24,6 +24,7 @@ from sterna.model.families import Names
 from sterna.model.gguf_config import config_from_gguf
 from sterna.model.gguf_weights import GGUFSource
 from sterna.model.hf_weights import SafetensorsSource
+from sterna.model.swiftkv import new_decoder
 from sterna.model.weights import TensorSource, assign
 
 DTypeName = Literal["bfloat16", "float32", "float16"]
@@ -56,7 +57,7 @@ def load_model(
     load_kernels()
     path = Path(path)
     config, source, names = open_checkpoint(path)
-    decoder = Decoder(config, DTYPES[dtype], "meta", rope_device=device)
+    decoder = new_decoder(config, DTYPES[dtype], "meta", rope_device=device)
     assign(decoder, source, names, torch.device(device))
     return LoadedModel(decoder, config, path)
 
@@ -109,7 +110,7 @@ def untied_if_stored(
     """A checkpoint without lm_head ties it, whatever its config says."""
     if not config.tie_word_embeddings and not source.has("lm_head.weight"):
         config = replace(config, tie_word_embeddings=True)
-    return config, source, config.family.hf_names
+    return config, source, config.hf_names
 
 
 def _folder_config(folder: Path) -> ModelConfig:
@@ -119,14 +120,15 @@ def _folder_config(folder: Path) -> ModelConfig:
         raise ModelFileError(
             f"{folder}: no config.json (found {found}); needed: config.json and safetensors files"
         )
-    config = parse_config(_read_json(path), str(path))
+    config = parse_config(read_config_json(path), str(path))
     generation = folder / "generation_config.json"
-    ids = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = read_config_json(generation).get("eos_token_id") if generation.exists() else None
     merged = dict.fromkeys((*as_token_ids(ids), *config.eos_token_ids))
     return replace(config, eos_token_ids=tuple(merged))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ModelFileError when it is missing or holds something else."""
     try:
         value = json.loads(path.read_text())
     except ValueError as error:

@@ -34,7 +34,7 @@ def save_model(
     """
     if any(parameter.dim() == 4 for parameter in decoder.parameters()):
         raise ModelError("this model is packed for inference; save it before prepare_inference")
-    tensors = export(decoder, decoder.config.family.hf_names)
+    tensors = export(decoder, decoder.config.hf_names)
     save_tensors(tensors, hf_config(decoder), Path(folder), max_shard_bytes)
 
 

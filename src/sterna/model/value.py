@@ -126,6 +126,11 @@ def load_value_model(
             if backend == "hf"
             else load_model(path, dtype, device).decoder
         )
+        if getattr(trunk.config, "swiftkv", None) is not None:
+            raise UnsupportedModelError(
+                f"{path}: a SwiftKV model cannot be a reward or value model; give the model that "
+                "it was made of"
+            )
         return ValueModel(trunk)
     _check_labels(path)
     is_foreign = backend == "hf"

@@ -84,10 +84,8 @@ def checkpoint_names(own_name: str, names: Names) -> tuple[str, ...]:
 
 
 def _part_sizes(own_name: str, num_parts: int, rows: int, config: ModelConfig) -> list[int]:
-    if num_parts == 1:
-        return [rows]
-    if num_parts == 2:
-        return [rows // 2] * 2
+    if not own_name.startswith("layers.") or num_parts < 3:
+        return [rows // num_parts] * num_parts
     kv_rows = config.num_key_value_heads * config.head_dim
     assert num_parts == 3, own_name
     return [rows - 2 * kv_rows, kv_rows, kv_rows]

@@ -54,21 +54,41 @@ def input_mean_squares(
     return means
 
 
+_KINDS = Linear | GatedLinear | QuantLinear | QuantGatedLinear
+
+
 @torch.inference_mode()
 def _walk(decoder: Decoder, batches: list[Batch], on_layer: OnLayer | None) -> _Sums:
     """All windows through one block after the other."""
     sums, count = _Sums(), len(decoder.layers)
+    if decoder.config.swiftkv is not None:
+        return _run_whole(decoder, batches, on_layer, sums)
     hidden = [decoder.embedded(batch) for batch in batches]
     for i in range(count):
-        kinds = Linear | GatedLinear | QuantLinear | QuantGatedLinear
-        with block_of(decoder, i) as block, hooked(block, f"layers.{i}.", kinds, sums.hook):
+        with block_of(decoder, i) as block, hooked(block, f"layers.{i}.", _KINDS, sums.hook):
             walk_block(decoder, block, i, batches, hidden)
         if on_layer is not None:
             on_layer(i + 1, count)
-    head = "embed_tokens" if decoder.lm_head is None else "lm_head"
     for h in hidden:
-        sums.add(head, decoder.norm(h))
+        sums.add(_head(decoder), decoder.norm(h))
     return sums
+
+
+def _run_whole(
+    decoder: Decoder, batches: list[Batch], on_layer: OnLayer | None, sums: _Sums
+) -> _Sums:
+    """One window after the other: later blocks of SwiftKV read more than the block before."""
+    with hooked(decoder, "", _KINDS, sums.hook):
+        for i, batch in enumerate(batches):
+            sums.add(_head(decoder), decoder.hidden(batch))
+            if on_layer is not None:
+                on_layer(i + 1, len(batches))
+    return sums
+
+
+def _head(decoder: Decoder) -> str:
+    """The name of the weight that the logits read."""
+    return "embed_tokens" if decoder.lm_head is None else "lm_head"
 
 
 def random_mean_squares(decoder: Decoder, on_layer: OnLayer | None = None) -> dict[str, Tensor]:

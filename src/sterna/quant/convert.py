@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sterna.core.errors import ConfigError, QuantizeError
 from sterna.kernels.quant_weight import QuantWeight
-from sterna.model.decoder import Decoder
+from sterna.model.swiftkv import new_decoder
 from sterna.model.weights import read_parameter, split_parts
 from sterna.quant.awq import ChannelScales
 from sterna.quant.file import FILE_NAME, VERSION, TensorSpec, WeightSpec, weight_spec
@@ -100,7 +100,7 @@ class _Plan:
     def __init__(self, checkpoint: Checkpoint, options: QuantizeOptions) -> None:
         self.checkpoint = checkpoint
         self.awq = options.awq or ChannelScales({}, {})
-        self.decoder = Decoder(checkpoint.config, _REST_DTYPE, "meta")
+        self.decoder = new_decoder(checkpoint.config, _REST_DTYPE, "meta")
         self.formats: dict[str, WeightFormat] = {}
         self.specs: dict[str, WeightSpec] = {}
         self.tensors: list[TensorSpec] = []
@@ -119,7 +119,7 @@ class _Plan:
     def rest_parts(self) -> list[tuple[str, Tensor]]:
         """Output name and (meta) tensor of everything that is not quantised."""
         config = self.checkpoint.config
-        parts = (split_parts(n, p, config.family.hf_names, config) for n, p in self.rest.items())
+        parts = (split_parts(n, p, config.hf_names, config) for n, p in self.rest.items())
         return [pair for pairs in parts for pair in pairs]
 
     def _format(self, name: str, options: QuantizeOptions) -> WeightFormat | None:
@@ -202,7 +202,7 @@ def _write_rest(plan: _Plan, writer: ContainerWriter) -> None:
             raise QuantizeError(
                 f"{own_name}: holds NaN or infinite values; repair the checkpoint first"
             )
-        for name, part in split_parts(own_name, value, config.family.hf_names, config):
+        for name, part in split_parts(own_name, value, config.hf_names, config):
             if not writer.has(name):
                 writer.write(name, part)
 

@@ -41,7 +41,7 @@ def plain_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, T
     quantised = ((f"{name}.weight", m.quant_weight) for name, m in quant_modules(decoder))
     for own_name, weight in quantised:
         value = weight.dequantize().to(dtype)
-        yield from split_parts(own_name, value, config.family.hf_names, config)
+        yield from split_parts(own_name, value, config.hf_names, config)
     for own_name, parameter in decoder.named_parameters():
         value = parameter.detach().to(dtype)
-        yield from split_parts(own_name, value, config.family.hf_names, config)
+        yield from split_parts(own_name, value, config.hf_names, config)

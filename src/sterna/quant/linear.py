@@ -16,8 +16,10 @@ from sterna.core.errors import ConfigError
 from sterna.kernels import ops
 from sterna.kernels.quant_weight import FlatWeight, QuantWeight, int8_unit
 from sterna.model.decoder import Decoder
+from sterna.model.encoder import Encoder
 from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear
+from sterna.model.swiftkv import new_decoder
 
 
 class QuantModule(nn.Module):
@@ -60,7 +62,7 @@ class QuantModule(nn.Module):
 
 
 class QuantLinear(QuantModule):
-    """y = x @ weight.T + bias + residual; in place of Linear. The bias stays as it was."""
+    """activation(x @ weight.T + bias) + residual; in place of Linear. The bias stays as it was."""
 
     bias: nn.Parameter | None
 
@@ -68,11 +70,12 @@ class QuantLinear(QuantModule):
         super().__init__(weight)
         self.bias = bias
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
         """x [T, K] -> [T, N]; `residual` [T, N] is added before the rounding."""
-        return ops.quant_linear(
-            x, *self._flat(), self.bias, residual, self.out_features, self.int8_activations
-        )
+        rest = (self.bias, residual, self.out_features, self.int8_activations, activation)
+        return ops.quant_linear(x, *self._flat(), *rest)
 
 
 class QuantGatedLinear(QuantModule):
@@ -112,7 +115,7 @@ class QuantEmbedding(QuantLMHead):
         return ops.quant_embed(tokens, *self._flat(), self.scale, self.dtype)
 
 
-def replace_weight(decoder: Decoder, name: str, weight: QuantWeight) -> None:
+def replace_weight(decoder: Decoder | Encoder, name: str, weight: QuantWeight) -> None:
     """Put `weight` in the place of module `name`, whose other settings are kept.
 
     `name` is one of `weight_shapes(decoder)`; sizes must be those of the module.
@@ -133,7 +136,7 @@ def _quantised(old: nn.Module, weight: QuantWeight, dtype: torch.dtype) -> Quant
     return QuantLMHead(weight)
 
 
-def use_int8_activations(decoder: Decoder) -> None:
+def use_int8_activations(decoder: Decoder | Encoder) -> None:
     """Let every quantised weight round the rows of its input to int8 (W6A8 with six bits).
 
     Plain weights beside quantised ones go on as they are. Raises ConfigError when there is no
@@ -167,7 +170,7 @@ def dequantize_decoder(decoder: Decoder, names: Collection[str] | None = None) -
 
     `names`: the modules this is about; None = all.
     """
-    empty = Decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
+    empty = new_decoder(decoder.config, decoder.dtype, "meta", rope_device=decoder.device)
     for name, module in list(quant_modules(decoder)):
         if names is not None and name not in names:
             continue
@@ -192,14 +195,14 @@ def weight_shapes(decoder: Decoder) -> Iterator[tuple[str, int, int, bool]]:
             yield name, rows, in_features, isinstance(module, GatedLinear)
 
 
-def quant_modules(decoder: Decoder) -> Iterator[tuple[str, QuantModule]]:
+def quant_modules(decoder: nn.Module) -> Iterator[tuple[str, QuantModule]]:
     """(name, module) of every quantised weight."""
     for name, module in decoder.named_modules():
         if isinstance(module, QuantModule):
             yield name, module
 
 
-def describe_weights(decoder: Decoder) -> str:
+def describe_weights(decoder: nn.Module) -> str:
     """One line for the log: how many weights are quantised and what they take; "" when none is."""
     modules = [module for _, module in quant_modules(decoder)]
     weights = [module.quant_weight for module in modules]

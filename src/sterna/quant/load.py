@@ -16,6 +16,7 @@ from sterna.core.lookup import unknown
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.load import DTYPES, DTypeName, LoadedModel, load_config, load_model
+from sterna.model.swiftkv import new_decoder
 from sterna.model.weights import assign
 from sterna.quant.calibrate import random_mean_squares
 from sterna.quant.file import FILE_NAME, Container, open_container
@@ -80,11 +81,11 @@ def _from_container(
 ) -> LoadedModel:
     container = open_container(path / FILE_NAME, verify)
     config = load_config(path)
-    decoder = Decoder(config, dtype, "meta", rope_device=device)
+    decoder = new_decoder(config, dtype, "meta", rope_device=device)
     _check_weights(container, decoder)
     for name, weight in container.weights.items():
         replace_weight(decoder, name, weight)
-    assign(decoder, _Rest(container), config.family.hf_names, device)
+    assign(decoder, _Rest(container), config.hf_names, device)
     return LoadedModel(decoder.to(device), config, path)
 
 

@@ -22,6 +22,8 @@ from sterna.server.chat import answer_chat
 from sterna.server.completions import answer_completion
 from sterna.server.config import ServerConfig
 from sterna.server.context import ContextMiddleware
+from sterna.server.embed_app import add_refusals
+from sterna.server.embed_service import EmbedService
 from sterna.server.errors import install_error_handlers
 from sterna.server.openapi import ERRORS, body_of, install_openapi, responses_of
 from sterna.server.service import Service, build_service
@@ -44,6 +46,15 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     Raises ConfigError when the key file cannot be read.
     """
     service = build_service(engine, config)
+    app = new_app(service, config)
+    _add_generation_routes(app, service)
+    add_refusals(app, service.model.names[0])
+    add_shared_routes(app, service)
+    return app
+
+
+def new_app(service: Service | EmbedService, config: ServerConfig) -> FastAPI:
+    """An application with layers, lifetime and error answers, but no route yet."""
     app = FastAPI(
         title="Sterna",
         version=__version__,
@@ -56,11 +67,14 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     app.state.service = service
     install_error_handlers(app, service.view.metrics.refused)
     install_openapi(app)
-    _add_generation_routes(app, service)
+    return app
+
+
+def add_shared_routes(app: FastAPI, service: Service | EmbedService) -> None:
+    """What every server answers: models, health, metrics, the live view and the pages."""
     _add_model_routes(app, service)
     _add_engine_routes(app, service)
     _add_pages(app)
-    return app
 
 
 def _layers(config: ServerConfig) -> list[Middleware]:
@@ -81,7 +95,7 @@ def _layers(config: ServerConfig) -> list[Middleware]:
 
 
 @asynccontextmanager
-async def _lifespan(service: Service) -> AsyncIterator[None]:
+async def _lifespan(service: Service | EmbedService) -> AsyncIterator[None]:
     await service.engine.start()
     watcher = asyncio.create_task(_follow_steps(service))
     try:
@@ -92,7 +106,7 @@ async def _lifespan(service: Service) -> AsyncIterator[None]:
         await service.engine.shutdown()
 
 
-async def _follow_steps(service: Service) -> None:
+async def _follow_steps(service: Service | EmbedService) -> None:
     async for step in service.engine.subscribe():
         service.view.note_step(step)
 
@@ -123,7 +137,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         return await answer_detokenize(service, request)
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: FastAPI, service: Service | EmbedService) -> None:
     def get(path: str, reply: type[replies.Reply], *errors: int) -> _Decorator:
         responses = responses_of(reply, 401, *errors)
         return app.get(path, response_class=Response, responses=responses)
@@ -145,7 +159,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return status.show_version()
 
 
-def _add_engine_routes(app: FastAPI, service: Service) -> None:
+def _add_engine_routes(app: FastAPI, service: Service | EmbedService) -> None:
     @app.get("/metrics", response_class=Response, responses=responses_of(None, 401))
     async def metrics() -> Response:
         return status.show_metrics(service)

@@ -44,6 +44,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         structured=structured,
+        speculation=body.speculation,
         skip_special_tokens=body.skip_special_tokens,
     )
 

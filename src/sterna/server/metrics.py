@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sterna.engine.request import EngineRequest, FinishReason, RequestOutput, StepStats
+from sterna.engine.request import (
+    DraftResult,
+    EngineRequest,
+    FinishReason,
+    RequestOutput,
+    StepStats,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,6 +49,16 @@ class ServerMetrics:
         self.preemptions = self._counter("num_preemptions", "Sequences preempted.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests.")
         self.generation_tokens = self._counter("generation_tokens", "Completion tokens.")
+        self._drafts = self._by_source("spec_decode_num_drafts", "Drafts verified.")
+        self._draft_tokens = self._by_source("spec_decode_num_draft_tokens", "Tokens in drafts.")
+        self._accepted = self._by_source(
+            "spec_decode_num_accepted_tokens", "Tokens of drafts that were right."
+        )
+        self._accepted_at = self._by_source(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "By place in the draft.",
+            "position",
+        )
         self._success = Counter(
             f"{self._prefix}:request_success",
             "Finished requests.",
@@ -96,9 +112,20 @@ class ServerMetrics:
 
     def note_step(self, step: StepStats) -> None:
         """Add one engine step."""
-        self.iteration_tokens.observe(step.num_decode_tokens + step.num_prompt_tokens)
+        num_tokens = step.num_decode_tokens + step.num_prompt_tokens + step.num_draft_tokens
+        self.iteration_tokens.observe(num_tokens)
         self.step_time.observe(step.duration)
         self.preemptions.inc(step.num_preempted)
+        for draft in step.drafts:
+            self._note_draft(draft)
+
+    def _note_draft(self, draft: DraftResult) -> None:
+        name, source = self._model_name, draft.source
+        self._drafts.labels(name, source).inc()
+        self._draft_tokens.labels(name, source).inc(draft.num_tokens)
+        self._accepted.labels(name, source).inc(draft.num_accepted)
+        for position in range(draft.num_accepted):
+            self._accepted_at.labels(name, source, str(position)).inc()
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -111,6 +138,10 @@ class ServerMetrics:
     def _counter(self, name: str, text: str) -> Counter:
         full = f"{self._prefix}:{name}"
         return Counter(full, text, ("model_name",), registry=self.registry).labels(self._model_name)
+
+    def _by_source(self, name: str, text: str, *labels: str) -> Counter:
+        full = f"{self._prefix}:{name}"
+        return Counter(full, text, ("model_name", "source", *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         full = f"{self._prefix}:{name}"

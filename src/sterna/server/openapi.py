@@ -12,10 +12,18 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from sterna.server import replies, schema
+from sterna.server import replies, replies_embed, schema, schema_embed
 
 _REF = "#/components/schemas/{model}"
-BODIES = (schema.ChatBody, schema.CompletionBody, schema.TokenizeBody, schema.DetokenizeBody)
+BODIES = (
+    schema.ChatBody,
+    schema.CompletionBody,
+    schema.TokenizeBody,
+    schema.DetokenizeBody,
+    schema_embed.EmbeddingBody,
+    schema_embed.RerankBody,
+    schema_embed.ScoreBody,
+)
 REPLIES = (
     replies.ChatReply,
     replies.CompletionReply,
@@ -26,6 +34,9 @@ REPLIES = (
     replies.HealthReply,
     replies.VersionReply,
     replies.ErrorReply,
+    replies_embed.EmbeddingReply,
+    replies_embed.RerankReply,
+    replies_embed.ScoreReply,
 )
 ERRORS = {
     400: "The request has to change.",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from sterna.engine.aio import AsyncEngine
+    from sterna.engine.embed_aio import AsyncEmbedder
 
 _log = get_logger(__name__)
 
@@ -56,17 +57,28 @@ def serve(config: ServerConfig) -> int:
         return serve_on(listener, _load(config), config)
 
 
-def serve_on(listener: socket.socket, engine: AsyncEngine, config: ServerConfig) -> int:
+def serve_on(
+    listener: socket.socket, engine: AsyncEngine | AsyncEmbedder, config: ServerConfig
+) -> int:
     """Serve a loaded engine on a bound socket; returns the exit code."""
-    from sterna.server.app import create_app
-
-    app = create_app(engine, config)
+    app = make_app(engine, config)
     # What is loaded now stays; the collector need not look at it again (a full pass takes 50 ms).
     gc.collect()
     gc.freeze()
     _log.info("%s", _announcement(listener, app, config))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_run(listener, app, engine, config))
+
+
+def make_app(engine: AsyncEngine | AsyncEmbedder, config: ServerConfig) -> FastAPI:
+    """The application for an engine of either kind."""
+    from sterna.engine.embed_aio import AsyncEmbedder
+    from sterna.server.app import create_app
+    from sterna.server.embed_app import create_embed_app
+
+    if isinstance(engine, AsyncEmbedder):
+        return create_embed_app(engine, config)
+    return create_app(engine, config)
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -108,10 +120,11 @@ def _bind_error(config: ServerConfig, error: OSError) -> ConfigError | PortInUse
     return ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
 
 
-def _load(config: ServerConfig) -> AsyncEngine:
+def _load(config: ServerConfig) -> AsyncEngine | AsyncEmbedder:
     from sterna.model.hub import resolve_model
 
-    resolve_model(config.model)  # a wrong name is told before the seconds that torch's import takes
+    # A wrong name is told before the seconds that torch's import takes.
+    path = resolve_model(config.model)
     from sterna.engine.aio import AsyncEngine
     from sterna.engine.build import build_engine
 
@@ -119,9 +132,20 @@ def _load(config: ServerConfig) -> AsyncEngine:
     beside = threading.Thread(target=importlib.import_module, args=("sterna.server.app",))
     beside.start()
     try:
+        from sterna.engine.task import resolve_task
+
+        if resolve_task(path, config.engine.task) == "embed":
+            return _load_embedder(config)
         return AsyncEngine(build_engine(config.model, config.engine))
     finally:
         beside.join()
+
+
+def _load_embedder(config: ServerConfig) -> AsyncEmbedder:
+    from sterna.engine.build_embed import build_embedder
+    from sterna.engine.embed_aio import AsyncEmbedder
+
+    return AsyncEmbedder(build_embedder(config.model, config.engine), config.engine)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -139,6 +163,11 @@ def _announcement(listener: socket.socket, app: FastAPI, config: ServerConfig) -
         _log.warning("%s is reachable from other machines and needs no key; set --api-key", host)
     scheme = "https" if config.ssl_certfile else "http"
     shown = f"[{host}]" if ":" in host else host
+    if model.num_kv_blocks == 0:
+        return (
+            f"{scheme}://{shown}:{port} serves {model.names[0]} for embeddings and scores "
+            f"(kernels {model.kernels}, {model.token_budget} tokens a step)"
+        )
     return (
         f"{scheme}://{shown}:{port} serves {model.names[0]} "
         f"(kernels {model.kernels}, token budget {model.token_budget}, "
@@ -151,7 +180,10 @@ def _is_public(host: str) -> bool:
 
 
 async def _run(
-    listener: socket.socket, app: FastAPI, engine: AsyncEngine, config: ServerConfig
+    listener: socket.socket,
+    app: FastAPI,
+    engine: AsyncEngine | AsyncEmbedder,
+    config: ServerConfig,
 ) -> int:
     import uvicorn
 
@@ -193,7 +225,11 @@ class Shutdown:
     """The first signal drains, the second forces."""
 
     def __init__(
-        self, server: uvicorn.Server, app: FastAPI, engine: AsyncEngine, drain_timeout_s: float
+        self,
+        server: uvicorn.Server,
+        app: FastAPI,
+        engine: AsyncEngine | AsyncEmbedder,
+        drain_timeout_s: float,
     ) -> None:
         self._server = server
         self._view = app.state.service.view

@@ -87,6 +87,9 @@ class GenerationBody(Body):
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    speculation: bool | None = Field(
+        None, description="guess tokens ahead (output unchanged); null = as the server is set"
+    )
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = Field(None, description="top candidates a prompt token")
     response_format: ResponseFormat | None = None

@@ -14,6 +14,7 @@ from sterna.server.config import ServerConfig
 
 if TYPE_CHECKING:
     from sterna.engine.aio import AsyncEngine
+    from sterna.engine.embed_aio import AsyncEmbedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class ServedModel:
     num_kv_blocks: int
     block_size: int  # tokens
     policy: str
+    speculation: str  # the drafters in use, or off
+    prompt_layers: str
     kernels: str
     machine: str
 
@@ -56,8 +59,32 @@ def describe(engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         num_kv_blocks=core.pool.num_usable,
         block_size=core.config.block_size,
         policy=core.config.policy,
+        speculation=", ".join(core.drafter_names) or "off",
+        prompt_layers=core.prompt_layers,
         # A CUDA device runs the reference ops, whatever was built for the CPU.
         kernels="reference" if core.config.device != "cpu" else load_kernels().level,
+        machine=fingerprint().line(),
+    )
+
+
+def describe_embedder(engine: AsyncEmbedder, config: ServerConfig) -> ServedModel:
+    """The same facts of an embedding model, which has no KV cache."""
+    from sterna.kernels.load import load_kernels
+    from sterna.model.hub import resolve_model
+
+    root = str(resolve_model(config.model))
+    return ServedModel(
+        names=config.served_model_name or (_name(config.model, root),),
+        root=config.model or Path(root).name,
+        created=int(time.time()),
+        max_model_len=engine.embedder.max_tokens,
+        token_budget=engine.embedder.token_budget,
+        num_kv_blocks=0,
+        block_size=0,
+        policy="embed",
+        speculation="off",
+        prompt_layers="all",
+        kernels="reference" if engine.config.device != "cpu" else load_kernels().level,
         machine=fingerprint().line(),
     )
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sterna.core.errors import RequestError, ShuttingDownError
+from sterna.server.embed_service import EmbedService
 from sterna.server.metrics import CONTENT_TYPE
 from sterna.server.replies import HealthReply, ModelCard, ModelList, VersionReply
 from sterna.server.service import Service
@@ -19,12 +20,12 @@ from sterna.version import __version__
 _PERSON_LIMIT = 2**53  # JavaScript's largest exact integer
 
 
-def list_models(service: Service) -> Response:
+def list_models(service: Service | EmbedService) -> Response:
     """GET /v1/models."""
     return _json(ModelList(data=[_card(service, name) for name in service.model.names]).to_json())
 
 
-def show_model(service: Service, name: str) -> Response:
+def show_model(service: Service | EmbedService, name: str) -> Response:
     """GET /v1/models/{id}; UnknownModelError for a model that is not served."""
     return _json(_card(service, service.model.check(name)).to_json())
 
@@ -34,7 +35,7 @@ def show_version() -> Response:
     return _json(VersionReply(version=__version__).to_json())
 
 
-def show_health(service: Service) -> Response:
+def show_health(service: Service | EmbedService) -> Response:
     """GET /health: 200 while the engine makes progress or has nothing to do, else 503.
 
     Also 503 while the server drains, so that balancers send new requests elsewhere.
@@ -45,7 +46,7 @@ def show_health(service: Service) -> Response:
     return _json(HealthReply().to_json())
 
 
-def show_metrics(service: Service) -> Response:
+def show_metrics(service: Service | EmbedService) -> Response:
     """GET /metrics: gauges are read now, counters and histograms have grown by themselves."""
     metrics, load = service.view.metrics, service.engine.load()
     metrics.running.set(load.num_running)
@@ -54,7 +55,7 @@ def show_metrics(service: Service) -> Response:
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
-def show_state(service: Service) -> Response:
+def show_state(service: Service | EmbedService) -> Response:
     """GET /engine/state: the snapshot that the live page polls."""
     model, load = service.model, service.engine.load()
     state: dict[str, Any] = {
@@ -66,6 +67,8 @@ def show_state(service: Service) -> Response:
         "block_size": model.block_size,
         "max_model_len": model.max_model_len,
         "policy": model.policy,
+        "speculation": model.speculation,
+        "prompt_layers": model.prompt_layers,
         "running": load.num_running,
         "waiting": load.num_waiting,
         "kv_usage": load.kv_usage,
@@ -75,7 +78,7 @@ def show_state(service: Service) -> Response:
     return _json(json.dumps(state).encode())
 
 
-def stream_steps(service: Service, request: Request) -> Response:
+def stream_steps(service: Service | EmbedService, request: Request) -> Response:
     """GET /engine/steps?since=N: every step above N as it happens, as server-sent events."""
     view = service.view
     pieces = view.stream(_since(request))
@@ -90,7 +93,7 @@ def _since(request: Request) -> int:
     return min(int(text[:20]), _PERSON_LIMIT)
 
 
-def _card(service: Service, name: str) -> ModelCard:
+def _card(service: Service | EmbedService, name: str) -> ModelCard:
     model = service.model
     return ModelCard(
         id=name, created=model.created, root=model.root, max_model_len=model.max_model_len

@@ -33,6 +33,8 @@ class Totals:
     completion_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class LiveView:
         self._steps.append(step)
         self.totals.steps += 1
         self.totals.preemptions += step.num_preempted
+        self.totals.draft_tokens += sum(draft.num_tokens for draft in step.drafts)
+        self.totals.accepted_draft_tokens += sum(draft.num_accepted for draft in step.drafts)
         self.metrics.note_step(step)
 
     def note_request(self, meter: RequestMeter) -> None:

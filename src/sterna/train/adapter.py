@@ -65,7 +65,7 @@ def adaptable(decoder: AnyDecoder) -> Iterator[Target]:
     if isinstance(decoder, HFDecoder):
         yield from _foreign_targets(decoder)
         return
-    names = decoder.config.family.hf_names
+    names = decoder.config.hf_names
     for name, module in decoder.named_modules():
         base = module.base if isinstance(module, AdaptedModule) else module
         if ".base" in name or not isinstance(base, _BASES):

@@ -24,7 +24,7 @@ from sterna.train.adapter_config import AdapterConfig
 from sterna.train.adapter_file import adapter_files, load_adapter
 from sterna.train.config import Recipe
 from sterna.train.sft import Sft, is_foreign
-from sterna.train.task import Weights
+from sterna.train.task import Weights, plain_form
 
 # The losses read the head as one matrix, so it and a tied embedding stay plain.
 _PLAIN = ("embed_tokens", "lm_head")
@@ -69,7 +69,7 @@ def _base(recipe: Recipe, path: Path, mesh: Mesh) -> Decoder | HFDecoder:
     if not is_foreign(recipe, path):
         decoder = load_quantized(path, settings.dtype, mesh.device, settings.weights).decoder
         dequantize_decoder(decoder, _PLAIN)
-        return decoder
+        return plain_form(decoder, path)
     _refuse_quantised(path)
     foreign = load_hf(path, settings.dtype, mesh.device)
     if settings.weights not in (AUTO, PLAIN):

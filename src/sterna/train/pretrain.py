@@ -40,4 +40,11 @@ def read_config(path: Path) -> ModelConfig:
         raise ConfigError(
             f"{path}: {error}; give a Hugging Face config.json", param="model.config"
         ) from error
-    return parse_config(values, str(path))
+    config = parse_config(values, str(path))
+    if config.swiftkv is not None:
+        raise ConfigError(
+            f"model.config {path}: describes a SwiftKV model, which is distilled from another; "
+            "give the config.json of a plain model",
+            param="model.config",
+        )
+    return config

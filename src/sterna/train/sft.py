@@ -21,7 +21,7 @@ from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
 from sterna.train.rowloss import RowLoss
 from sterna.train.step import Loss, cross_entropy
-from sterna.train.task import Weights
+from sterna.train.task import Weights, plain_form
 
 
 class Sft:
@@ -37,7 +37,7 @@ class Sft:
         path = source or resolve_model(recipe.model.path)
         if is_foreign(recipe, path):
             return load_hf(path, recipe.model.dtype, mesh.device)
-        return load_model(path, recipe.model.dtype, mesh.device).decoder
+        return plain_form(load_model(path, recipe.model.dtype, mesh.device).decoder, path)
 
     def loss(self, recipe: Recipe) -> Loss | RowLoss:
         """Next-token cross entropy, smoothed and with z-loss where the recipe says so."""
@@ -73,6 +73,6 @@ def is_foreign(recipe: Recipe, path: Path) -> bool:
 
 def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors by checkpoint name, one at a time: gathering them is collective."""
-    names = decoder.config.family.hf_names
+    names = decoder.config.hf_names
     for name, parameter in decoder.named_parameters():
         yield from split_parts(name, full(parameter.detach()), names, decoder.config)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from sterna.core.errors import ConfigError
+from sterna.model.decoder import Decoder
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
@@ -29,6 +31,17 @@ class Weights:
     tensors: Iterable[tuple[str, Tensor]]
     config: dict[str, Any]
     files: Mapping[str, str | bytes]
+
+
+def plain_form(decoder: Decoder, path: Path) -> Decoder:
+    """The decoder itself. ConfigError for a SwiftKV one, which only its distillation trains."""
+    if decoder.config.swiftkv is not None:
+        raise ConfigError(
+            f"{path} is a SwiftKV model, which is not trained further; train the model that it "
+            "was made of and convert the result",
+            param="model.path",
+        )
+    return decoder
 
 
 class Task(Protocol):

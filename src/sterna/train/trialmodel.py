@@ -51,6 +51,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 def _cut(decoder: Decoder, wanted: TrialModel) -> Decoder:
     """The first layers and the first rows of the vocabulary."""
     config = decoder.config
+    if config.swiftkv is not None:
+        raise UnsupportedModelError("a SwiftKV model cannot be verified; verify the original")
     layers = wanted.num_layers or config.num_hidden_layers
     vocab = min(wanted.vocab_size or config.vocab_size, config.vocab_size)
     if any(p.dim() > 2 or not p.is_floating_point() for p in decoder.parameters()):

@@ -80,6 +80,7 @@ def test_offline_run_parts_prefill_from_decode(clock):
     bench = OfflineBench.__new__(OfflineBench)
     bench._engine = StepEngine(clock)
     bench._random, bench._num_requests = random.Random(0), 0
+    bench._clock = lambda: clock[0]
     run = bench.run(num_sequences=2, input_len=50, output_len=5)
     assert run.first_token_s == pytest.approx(0.111)
     assert run.total_s == pytest.approx(0.111 + 4 * 0.011)

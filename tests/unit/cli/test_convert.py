@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sterna.cli.main import run
-from sterna.model.load import load_model
-from sterna.model.swiftkv import load_swiftkv
+from sterna.model.load import load_config, load_model
 from sterna.train.adapter import add_adapter
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.adapter_file import save_adapter
@@ -50,8 +49,42 @@ def test_a_conversion_within_the_limit_is_written(folder, capsys):
     report = json.loads((folder / "out" / "swiftkv.json").read_text())
     assert report["max_drop"] == 100
     assert report["student_loss"] > 0
-    assert load_swiftkv(folder / "out").swift.num_key_value_layers == 2
+    assert load_config(folder / "out").swiftkv.num_key_value_layers == 2
     assert convert(folder) == 2  # is there already
+
+
+def test_a_student_is_served_as_any_model(folder, capsys):
+    """Completion, quantised weights of a quantised teacher's student, and quality in the second."""
+    fp6, out = str(folder / "fp6"), str(folder / "out")
+    assert run(["quantize", str(folder / "model"), "-o", fp6, "--calibrate", "none"]) == 0
+    (folder / "model").rename(folder / "original")
+    (folder / "fp6").rename(folder / "model")
+    assert convert(folder, "--max-drop", "100", "--group-size", "2") == 0
+    assert (folder / "out" / "swiftkv.png").read_bytes().startswith(b"\x89PNG")
+    small = ["--num-kv-blocks", "32", "--threads", "1", "--token-budget", "32"]
+    capsys.readouterr()
+    assert run(["complete", "Hello", "--model", out, "--max-tokens", "4", *small]) == 0
+    assert run(["quantize", out, "-o", fp6]) == 0
+    assert run(["complete", "Hello", "--model", fp6, "--max-tokens", "4", *small]) == 0
+    text = folder / "text.txt"
+    text.write_text("some words to compare the two on, again and again. " * 20)
+    capsys.readouterr()
+    assert run(["quality", out, fp6, "--text", str(text), "--window", "64", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["domains"].values()
+    assert 0 < row["kl"] < 0.5
+    for method in ("gptq", "awq"):
+        flags = ["--method", method, "--calibrate", str(text), "--format", "int4-g32"]
+        assert run(["quantize", out, "-o", str(folder / method), *flags]) == 8
+        assert "SwiftKV" in capsys.readouterr().err
+
+
+def test_only_the_original_is_trained_or_converted(folder, capsys):
+    assert convert(folder, "--max-drop", "100") == 0
+    (folder / "model").rename(folder / "original")
+    (folder / "out").rename(folder / "model")
+    (folder / "out.run").rename(folder / "first.run")
+    assert convert(folder) == 2
+    assert "train the model that it was made of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_conversion_beyond_the_limit_is_refused_and_goes_on_later(folder, capsys):

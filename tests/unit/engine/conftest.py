@@ -7,6 +7,7 @@ block, a missing copy-on-write or a foreign prefix changes the output.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +45,21 @@ def hash_logits(state: int) -> np.ndarray:
     return logits
 
 
+def check_output_rows(batch):
+    """The output rows of a sequence are the last of its chunk, counted by `output_starts`."""
+    ends, starts = batch.query_starts[1:].tolist(), batch.output_starts.tolist()
+    assert len(starts) == len(ends) + 1 and starts[0] == 0
+    counts = [b - a for a, b in itertools.pairwise(starts)]
+    rows = [row for end, n in zip(ends, counts, strict=True) for row in range(end - n, end)]
+    assert batch.output_rows.tolist() == rows
+
+
 class FakeDecoder:
     """See the module docstring. `poison` tokens make logits NaN, `explode` tokens raise."""
 
     dtype = torch.float32
+    skips_prompt_rows = False
+    prompt_layers = "all 1"
 
     def __init__(self, poison=(), explode=()):
         self.config = FakeConfig()
@@ -65,6 +77,7 @@ class FakeDecoder:
         self.steps.append((len(tokens), len(batch.context_lens)))
         if self.explode & set(tokens):
             raise RuntimeError("exploded")
+        check_output_rows(batch)
         cache = batch.kv.layers[0]
         size = batch.kv.block_size
         for token, position, slot in zip(
@@ -132,7 +145,15 @@ def naive_greedy(prompt, count, stop_at_eos=True):
 class Harness:
     """An engine with shortcuts for tests; collects every delta."""
 
-    def __init__(self, decoder=None, num_blocks=64, max_model_len=512, grammars=None, **settings):
+    def __init__(
+        self,
+        decoder=None,
+        num_blocks=64,
+        max_model_len=512,
+        grammars=None,
+        drafters=(),
+        **settings,
+    ):
         settings = {"block_size": 16, "token_budget": 64, "max_num_seqs": 16, **settings}
         self.decoder = decoder or FakeDecoder()
         self.engine = Engine(
@@ -141,6 +162,7 @@ class Harness:
             EngineConfig(**settings),
             EngineShape(VOCAB, max_model_len, num_blocks, frozenset({EOS})),
             grammars,
+            drafters,
         )
         self.outputs = {}
 

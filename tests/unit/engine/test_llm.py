@@ -22,6 +22,7 @@ def llm(harness, fake_decoder, monkeypatch):
     def build(model, config):
         return harness(fake_decoder(poison={95})).engine
 
+    monkeypatch.setattr(llm_module, "_task", lambda model, config: "generate")
     monkeypatch.setattr(llm_module, "build_engine", build)
     return LLM("any", token_budget=64)
 

@@ -229,6 +229,12 @@ DIFFERENTIABLE = {
         g(3, WIDTH), i32(0, 1, 2), rope_table(), g(HEAD_DIM), g(HEAD_DIM), 1e-6, False, *SHAPE
     ),
     "attention": lambda g: ops.attention(g(5, WIDTH), i32(0, 2, 5), *SHAPE, 0.3, 2, 3.0),
+    "embed_norm": lambda g: ops.embed_norm(
+        i32(1, 1, 4), g(6, 8), i32(0, 1, 2), g(3, 8), g(8), g(8), 1e-6
+    ),
+    "bidirectional_attention": lambda g: ops.bidirectional_attention(
+        g(5, WIDTH), i32(0, 2, 5), *SHAPE, 0.3, 1
+    ),
 }
 
 
@@ -281,6 +287,30 @@ def test_inference_only_ops_refuse_to_record_a_gradient():
         ops.rope_store(qkv, i32(0), *args)
     with torch.no_grad():
         assert ops.rope_store(qkv, i32(0), *args).shape == (1, HEADS * HEAD_DIM)
+
+
+def test_bulk_store_and_queries_equal_rope_store_layer_by_layer():
+    """Whatever back end is in use: two layers at once, and queries of some rows."""
+    new = (3, 16, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+    bulk, alone = ([ops.new_kv_cache(*new) for _ in range(2)] for _ in range(2))
+    positions, slots = i32(0, 1, 2), torch.tensor([16, 17, 40])
+    tables, norms = [rope_table(), None], [None, rand(HEAD_DIM)]
+    options = (1e-6, False)
+    layers = [rand(3, WIDTH, seed=i) for i in range(2)]
+    kv = torch.cat([layer[:, HEADS * HEAD_DIM :] for layer in layers], 1)
+    ops.store_kv(
+        kv, positions, tables, norms, *options, KV_HEADS, HEAD_DIM, bulk, slots, 16
+    )  # fmt: skip
+    rows = i32(0, 2)
+    for layer, table, norm, cache, filled in zip(layers, tables, norms, alone, bulk, strict=True):
+        q = ops.rope_store(
+            layer, positions, table, None, norm, *options, *SHAPE, cache, slots, 16
+        )  # fmt: skip
+        assert torch.equal(cache, filled)
+        mine = layer[:, : HEADS * HEAD_DIM].contiguous()[rows]
+        heads = (HEADS, HEAD_DIM)
+        found = ops.rope_queries(mine, positions, rows, table, None, *options, *heads)
+        assert torch.equal(found, q[rows])
 
 
 def test_ops_run_on_meta_tensors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,14 @@ def test_echo_puts_the_prompt_first(connect, events, prompt):
     assert post(connect, body).json()["choices"][0]["text"] == "abHello"
     chunks = events(post(connect, {**body, "stream": True}).text)[:-1]
     assert "".join(c["choices"][0]["text"] for c in chunks) == "abHello"
+
+
+@pytest.mark.parametrize("asked", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
+def test_a_swiftkv_model_refuses_to_score_the_prompt(connect, engine, asked):
+    engine.limits = replace(engine.limits, skips_prompt_rows=True)
+    answer = post(connect, {"prompt": "abc", "max_tokens": 1, **asked})
+    assert answer.status_code == 400
+    assert "SwiftKV model: its prompt tokens run only the first layers" in answer.text
 
 
 def test_echo_with_logprobs_scores_the_prompt(connect, events):

@@ -113,5 +113,5 @@ def test_auto_chooses_for_a_foreign_model(tiny, tmp_path, neox, monkeypatch):
     recipe = tiny.recipe(tmp_path, model={"path": str(neox)}, longseq={"auto": True})
     monkeypatch.setattr("sterna.train.autoplan.free_memory", lambda device: 0.0)
     model = Sft().build(recipe, Mesh.single(), None)
-    use_longseq(model, recipe, 1)
+    use_longseq(model, recipe, Mesh.single(), 1)
     assert all("forward" in vars(layer) for layer in model.layers)

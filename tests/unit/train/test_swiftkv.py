@@ -7,18 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from sterna.core.errors import ConfigError, ModelError, ModelFileError
+from sterna.core.errors import ConfigError, SternaError
 from sterna.kernels import reference
 from sterna.model.load import load_model
-from sterna.model.save import save_model, save_tensors
-from sterna.model.swiftkv import SwiftKVConfig, load_swiftkv, owners, swiftkv_hf_config
+from sterna.model.save import save_model
+from sterna.model.swiftkv_config import SwiftKVConfig, owners
+from sterna.parallel.mesh import Mesh
+from sterna.train.distill.fit import RIDGE, LeastSquares
 from sterna.train.distill.measure import last_quality
 from sterna.train.distill.swiftkv import (
     SwiftKVPair,
     own_parameters,
-    student_tensors,
     swiftkv_loss,
 )
 from sterna.train.loop import train
@@ -54,11 +56,16 @@ def by_definition(pair, batch):
     h = student.first(batch)
     s = student.norm_swiftkv(h)
     kv_of, kv_size = owners(config, student.swift), config.num_key_value_heads * config.head_dim
+    groups = list(dict.fromkeys(kv_of.values()))
     for i in range(k, config.num_hidden_layers):
         block, owner = student.layers[i], student.layers[kv_of[i]].attn
         attn = block.attn
         q = F.linear(block.attn_norm(h), attn.q_swiftkv.weight, attn.q_swiftkv.bias)
-        weight, bias = owner.kv_swiftkv.weight, owner.kv_swiftkv.bias
+        first = groups.index(kv_of[i]) * 2 * kv_size
+        weight, bias = (
+            None if p is None else p[first : first + 2 * kv_size]
+            for p in (student.kv_swiftkv.weight, student.kv_swiftkv.bias)
+        )
         keys = F.linear(s, weight[:kv_size], None if bias is None else bias[:kv_size])
         values = F.linear(s, weight[kv_size:], None if bias is None else bias[kv_size:])
         norms = [None if n is None else n.weight for n in (attn.q_norm, owner.k_norm)]
@@ -97,8 +104,7 @@ def test_group_weights_start_as_means(decoder_of):
     teacher = decoder_of("llama")
     student = SwiftKVPair(teacher, SwiftKVConfig(2, 2)).student
     rows = [teacher.layers[i].attn.qkv.weight[128:] for i in (2, 3)]
-    assert torch.equal(student.attention(2).kv_swiftkv.weight, torch.stack(rows).mean(0))
-    assert student.attention(3).kv_swiftkv is None
+    assert torch.equal(student.kv_swiftkv.weight, torch.stack(rows).mean(0))
     assert torch.equal(
         student.attention(3).q_swiftkv.weight, teacher.layers[3].attn.qkv.weight[:128]
     )
@@ -112,18 +118,32 @@ def test_checkpoint_comes_back_and_is_nobody_elses(
     stir(pair)
     batch = packed([tokens_of(20)])
     student = pair.student
-    save_tensors(student_tensors(student), swiftkv_hf_config(student), tmp_path)
-    again = load_swiftkv(tmp_path, "float32")
+    save_model(student, tmp_path)
+    again = load_model(tmp_path, "float32").decoder
     with torch.no_grad():
         assert torch.equal(again(batch), student(batch))
-    with pytest.raises(ModelError, match="SwiftKV"):
+    (name,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert "SwiftKV" in name
+    stored = set(load_file(tmp_path / "model.safetensors"))
+    assert {f"{kind}_proj_swiftkv" for kind in "qkv"} <= {n.split(".")[-2] for n in stored}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"version": 2}, "reads version 1"),
+        ({"version": 1}, "has no 'num_key_value_layers'"),
+        ({"num_key_value_layers": 4}, "1 to 3 can be kept"),
+    ],
+)
+def test_a_damaged_section_is_refused(decoder_of, tmp_path, section, words):
+    pair = SwiftKVPair(decoder_of("llama"), SwiftKVConfig(1))
+    save_model(pair.student, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["swiftkv"] = section if "version" in section else {**values["swiftkv"], **section}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(SternaError, match=words):
         load_model(tmp_path)
-
-
-def test_a_plain_folder_is_refused(decoder_of, tmp_path):
-    save_model(decoder_of("llama"), tmp_path)
-    with pytest.raises(ModelFileError, match="convert swiftkv"):
-        load_swiftkv(tmp_path)
 
 
 def test_output_rows_select_without_changing_values(decoder_of, packed, tokens_of):
@@ -188,7 +208,7 @@ def distill_recipe(folder, steps=8, **distill):
     return recipe(
         folder,
         kind="distill",
-        distill={"layers": 1, **distill},
+        distill={"layers": 1, "fit_tokens": 0, **distill},
         run={"steps": steps},
         schedule={"total_steps": 8},
         data={"held_out": 0.1},
@@ -208,13 +228,20 @@ def test_a_run_lowers_the_loss_measures_and_resumes_to_the_bit(tmp_path):
     assert [line["step"] for line in lines] == [0, 4, 8]
     assert lines[-1]["kl"] < lines[0]["kl"]
     assert last_quality(whole.output).kl == lines[-1]["kl"]
-    expected = load_swiftkv(whole.model, "float32").state_dict()
+    expected = load_model(whole.model, "float32").decoder.state_dict()
     whole.output.rename(tmp_path / "first")
     train(distill_recipe(tmp_path, 4))
     resumed = train(distill_recipe(tmp_path), resume=True)
-    again = load_swiftkv(resumed.model, "float32").state_dict()
+    again = load_model(resumed.model, "float32").decoder.state_dict()
     assert [name for name in expected if not torch.equal(expected[name], again[name])] == []
     assert measured(resumed.output) == lines
+
+
+def test_a_fitted_student_starts_nearer(tmp_path):
+    lines = [measured(train(distill_recipe(tmp_path, 1)).output)[0]]
+    (tmp_path / "run").rename(tmp_path / "copied")
+    lines.append(measured(train(distill_recipe(tmp_path, 1, fit_tokens=4096)).output)[0])
+    assert lines[1]["kl"] < lines[0]["kl"] / 4
 
 
 @pytest.mark.parametrize(
@@ -229,3 +256,34 @@ def test_what_distillation_cannot_prove_is_refused(tmp_path, change, words):
     merge_into(values, change)
     with pytest.raises(ConfigError, match=words):
         train(make_recipe(values))
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_the_fit_is_the_least_squares_solution(
+    decoder_of, packed, tokens_of, family_name, group_size
+):
+    """Against torch's own least squares, on rows that stand for the ridge (see fit.py)."""
+    pair = SwiftKVPair(decoder_of(family_name), SwiftKVConfig(2, group_size))
+    student, linear = pair.student, pair.student.kv_swiftkv
+    batches = [packed([tokens_of(60, seed)]) for seed in range(4)]
+    start = torch.cat([p.detach()[:, None] if p.dim() == 1 else p.detach()
+                       for p in linear.parameters()], 1).double().T  # fmt: skip
+    fit, seen, wanted = LeastSquares(pair), [], []
+    with torch.no_grad():
+        for batch in batches:
+            fit.add(batch)
+            x = student.first(batch)
+            s = student.norm_swiftkv(x).double()
+            seen.append(s if linear.bias is None else torch.cat([s, torch.ones(60, 1)], 1))
+            kv = dict(pair.teacher_kv(x, batch))
+            width = linear.out_features // len(student.groups)
+            members = [[i for i, o in student.owners.items() if o == g] for g in student.groups]
+            wanted.append(
+                torch.cat([sum(kv[i][:, -width:] for i in m) / len(m) for m in members], 1).double()
+            )
+    assert fit.solve(Mesh.single()) == 240
+    s, y = torch.cat(seen) / 240**0.5, torch.cat(wanted) / 240**0.5
+    root = (RIDGE * (s * s).sum(0).mean()).sqrt()
+    s, y = torch.cat([s, root * torch.eye(s.shape[1])]), torch.cat([y, root * start])
+    expected = torch.linalg.lstsq(s, y).solution
+    assert (linear.weight.T - expected[: linear.weight.shape[1]]).abs().max() <= 1e-5

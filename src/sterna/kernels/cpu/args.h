@@ -4,6 +4,7 @@
 // Pointers are to contiguous row-major memory; dtype 0 = float32, 1 = bfloat16.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace sterna {
 
@@ -22,7 +23,9 @@ constexpr int64_t SCRATCH_BYTES = 8 << 20;
 // How a cache keeps its elements: as the compute dtype, or one byte each and a scale a head.
 enum CacheFormat : int32_t { CACHE_PLAIN = 0, CACHE_INT8 = 1, CACHE_E4M3 = 2 };
 
-enum Act : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_GELU = 4 };
+enum Act : int32_t {
+  ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_GELU = 4, ACT_TANH = 5
+};
 
 struct EmbedArgs {
   const int32_t* tokens;
@@ -41,6 +44,27 @@ struct NormArgs {
   float eps;
 };
 
+// layer_norm(table[token] + position_table[position]); a table of one row serves every position.
+struct EmbedNormArgs {
+  const int32_t* tokens;
+  const void* table;  // [V, D]
+  const int32_t* positions;
+  const float* position_table;  // [P, D] or null
+  const void* weight;
+  const void* bias;  // [D] or null
+  void* out;
+  int32_t dtype, hidden, num_positions;
+  float eps;
+};
+
+enum Pooling : int32_t { POOL_MEAN = 0, POOL_FIRST = 1, POOL_LAST = 2 };
+struct PoolArgs {
+  const void* x;  // [T, D]
+  const int32_t* query_starts;
+  float* out;  // [S, D]
+  int32_t dtype, hidden, kind, normalize;
+};
+
 struct LinearArgs {
   const void* x;
   const void* weight;
@@ -49,6 +73,7 @@ struct LinearArgs {
   void* out;             // [rows, N]; gated: [rows, N] of 2N weight rows
   int32_t rows_kind, dtype, packed, in_features, out_features;
   int32_t gate;     // Act of the gate half, ACT_NONE = plain linear
+  int32_t act;      // Act of the sum with its bias
   int32_t out_f32;  // logits
   float softcap, scale;
 };
@@ -68,29 +93,52 @@ struct SelectArgs {
 };
 
 struct RopeArgs {
-  const void* qkv;  // [T, (H + 2G) * C]
-  const int32_t* positions;
+  const void* qkv;           // [rows, row_stride], (H + 2G) * C of them used
+  const int32_t* positions;  // [T]
+  const int32_t* row_ids;    // [rows] the token of each row; null = every row is a token
   const float* table;  // [P, rotary_dim]: cos half, sin half; null = no rotation
   const void* q_norm;  // [C] or null
   const void* k_norm;
-  void* out;             // rope: [T, (H + 2G) * C]; rope_store: [T, H * C]
+  void* out;             // rope: [rows, (H + 2G) * C]; rope_store: [rows, H * C]
   void* cache;           // null = plain rope
   const int64_t* slots;  // [T]
-  int32_t dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
+  int32_t rows_kind, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, unit_offset, block_size;
   int32_t cache_format;  // CacheFormat
+  int64_t row_stride;
   float eps;
 };
 
+// Keys and values of several layers: rows [n][2G * C], those of a layer side by side.
+struct StoreLayer {
+  const float* table;
+  const void* k_norm;
+  void* cache;
+  int32_t rotary_dim;
+};
+struct StoreArgs {
+  RopeArgs rows;  // no query heads; what differs by layer comes from `layers`
+  std::vector<StoreLayer> layers;
+};
+
 struct AttentionArgs {
-  const void* q;  // [T, q_stride]; the query heads come first in a row
+  const void* q;  // [rows, q_stride]; the query heads come first in a row
   void* cache;    // paged keys and values
   const int32_t* block_tables;
-  const int32_t* query_starts;
+  const int32_t* query_starts;  // [S + 1] in rows; a sequence may have none
   const int32_t* context_lens;
-  void* out;  // [T, H * C]
-  int32_t dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
+  void* out;  // [rows, H * C]
+  int32_t rows_kind, dtype, num_heads, num_kv_heads, head_dim, block_size, table_width, q_stride, window;
   int32_t cache_format;  // CacheFormat
   float scale, softcap;
+};
+
+// Bidirectional: every key of the sequence, or those at most `window` (> 0) away.
+struct BidirectionalArgs {
+  const void* qkv;  // [T, (H + 2G) * C]
+  const int32_t* query_starts;
+  void* out;  // [T, H * C]
+  int32_t dtype, num_heads, num_kv_heads, head_dim, window;
+  float scale;
 };
 
 // Training: gradients of the queries into their columns of d_qkv, of keys and values into partial
@@ -145,7 +193,7 @@ struct QuantLinearArgs {
   const void* bias;      // [N] or null
   const void* residual;  // [rows, N] or null
   void* out;             // [rows, N]; gated: of gate blocks, then up blocks
-  int32_t rows_kind, dtype, out_features, gate, out_f32;
+  int32_t rows_kind, dtype, out_features, gate, act, out_f32;
   float softcap, scale;
   float int8_unit;  // int8 mode: every value of the table is a whole number of it; else 0
 };
@@ -207,6 +255,7 @@ struct KernelTable {
   Kernel<ActivateArgs> activate;
   Kernel<SelectArgs> select;
   Kernel<RopeArgs> rope;
+  Kernel<StoreArgs> store;
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<DrawArgs> draw;
@@ -214,6 +263,9 @@ struct KernelTable {
   Kernel<QuantLinearArgs> quant_linear;
   Kernel<QuantEmbedArgs> quant_embed;
   Kernel<QuantRowsArgs> quant_rows;
+  Kernel<EmbedNormArgs> embed_norm;
+  Kernel<BidirectionalArgs> bidirectional;
+  Kernel<PoolArgs> pool;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

@@ -361,17 +361,22 @@ struct Cut {
     per_tile = a.num_heads / heads;
   }
   int tiles(int s) const {
-    return (a.query_starts[s + 1] - a.query_starts[s] + tokens_a_tile - 1) / tokens_a_tile;
+    int rows = a.query_starts[s + 1] - a.query_starts[s];
+    return rows <= tokens_a_tile ? rows > 0 : (rows + tokens_a_tile - 1) / tokens_a_tile;
+  }
+  // Decodes only: a token a sequence, and a row a token.
+  bool is_uniform(const Step& step) const {
+    return step.num_rows[0] == step.num_seqs && step.num_rows[a.rows_kind] == step.num_seqs;
   }
   int units(const Step& step) const {
-    if (step.num_rows[0] == step.num_seqs) return step.num_seqs * per_tile;  // decodes only
+    if (is_uniform(step)) return step.num_seqs * per_tile;
     int total = 0;
     for (int s = 0; s < step.num_seqs; ++s) total += tiles(s);
     return total * per_tile;
   }
   Item item(const Step& step, int unit) const {
     int local = unit / per_tile, seq = 0;
-    if (step.num_rows[0] == step.num_seqs) {
+    if (is_uniform(step)) {
       seq = local;
       local = 0;
     }

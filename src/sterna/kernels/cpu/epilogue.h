@@ -1,7 +1,6 @@
-// What follows the sum of a linear: bias, residual, gate, softcap; one rounding, at the store.
+// What follows the sum of a linear: bias, activation, residual, gate, softcap; one rounding, at the store.
 #pragma once
-#include "args.h"
-#include "simd.h"
+#include "activations.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -28,6 +27,7 @@ static inline void finish(const A& a, int row, int col, vf v) {
   int cols = a.out_features - col;
   if (cols <= 0) return;
   if (a.bias) v += load_cols(static_cast<const T*>(a.bias) + col, cols);
+  if (a.act) v = activated<sizeof(T) == 2>(a.act, v);
   int64_t at = int64_t(row) * a.out_features + col;
   if (a.residual) v += load_cols(static_cast<const T*>(a.residual) + at, cols);
   if (!a.out_f32) return store_cols(static_cast<T*>(a.out) + at, v, cols);
@@ -36,7 +36,9 @@ static inline void finish(const A& a, int row, int col, vf v) {
   store_cols(static_cast<float*>(a.out) + at, v, cols);
 }
 
+template <class T>
 static inline vf gated(int gate, vf g, vf u) {
+  if (gate == ACT_GELU) return activated<sizeof(T) == 2>(ACT_GELU, g) * u;
   return (gate == ACT_SILU ? vsilu(g) : vgelu_tanh(g)) * u;
 }
 

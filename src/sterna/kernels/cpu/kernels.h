@@ -11,6 +11,7 @@ Kernel<LinearArgs> linear_kernel();
 Kernel<ActivateArgs> activate_kernel();
 Kernel<SelectArgs> select_kernel();
 Kernel<RopeArgs> rope_kernel();
+Kernel<StoreArgs> store_kernel();
 Kernel<AttentionArgs> attention_kernel();
 Kernel<AttentionGradArgs> attention_grad_kernel();
 Kernel<DrawArgs> draw_kernel();
@@ -18,6 +19,9 @@ Kernel<ScoreArgs> score_kernel();
 Kernel<QuantLinearArgs> quant_linear_kernel();
 Kernel<QuantEmbedArgs> quant_embed_kernel();
 Kernel<QuantRowsArgs> quant_rows_kernel();
+Kernel<EmbedNormArgs> embed_norm_kernel();
+Kernel<BidirectionalArgs> bidirectional_kernel();
+Kernel<PoolArgs> pool_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

@@ -31,16 +31,63 @@ struct Job {
   int num_panels() const { return (a.out_features + PANEL - 1) / PANEL; }
 };
 
-// Copies 32 plain weight rows into a packed panel; rows past the end become zero.
+#if defined(__AVX512F__)
+// 16 rows x 16 columns of 32-bit words: row r of `src` becomes column r of `dst`.
+inline void transpose16(const uint32_t* const (&src)[16], int64_t at, uint32_t* dst) {
+  __m512i a[16], b[16];
+  repeat<16>([&](auto i) INLINE { a[i] = _mm512_loadu_si512(src[i] + at); });
+  repeat<8>([&](auto i) INLINE {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  });
+  repeat<4>([&](auto i) INLINE {  // a[4i + j]: column 4l + j of rows 4i .. 4i + 3 in lane l
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  });
+  repeat<4>([&](auto j) INLINE {
+    __m512i even0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+    __m512i odd0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    __m512i even1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    __m512i odd1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_si512(dst + j * PANEL, _mm512_shuffle_i32x4(even0, even1, 0x88));
+    _mm512_storeu_si512(dst + (4 + j) * PANEL, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+    _mm512_storeu_si512(dst + (8 + j) * PANEL, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+    _mm512_storeu_si512(dst + (12 + j) * PANEL, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+  });
+}
+#endif
+
+// Copies 32 plain weight rows into a packed panel; rows past the end become zero. A step of the dot
+// (two bfloat16 or one float) is a 32-bit word, so this is a transpose of words. Weights in training
+// are read this way, so a decode step costs it for every weight: 90 ms element by element, a few
+// by registers.
 template <class T>
 const T* pack_panel(const Job<T>& job, int first_row, int end_row, T* dst) {
+  static const T zeros[64] = {};
+  const int64_t K = job.a.in_features, words = job.steps();
   const T* weight = static_cast<const T*>(job.a.weight);
-  const int64_t K = job.a.in_features, P = Elem<T>::P;
-  for (int r = 0; r < PANEL; ++r) {
-    const T* src = weight + (first_row + r) * K;
-    bool real = first_row + r < end_row;
-    for (int64_t k = 0; k < K; ++k) dst[(k / P * PANEL + r) * P + k % P] = real ? src[k] : T(0);
-    if (K % P) dst[(K / P * PANEL + r) * P + 1] = T(0);
+  uint32_t* out = reinterpret_cast<uint32_t*>(dst);
+  for (int half = 0; half < PANEL; half += 16) {
+    const uint32_t* src[16];
+    bool whole = first_row + half + 16 <= end_row;
+    for (int r = 0; r < 16; ++r) {
+      bool real = first_row + half + r < end_row;
+      src[r] = reinterpret_cast<const uint32_t*>(real ? weight + (first_row + half + r) * K : zeros);
+    }
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    for (; whole && k + 16 <= words; k += 16) transpose16(src, k, out + k * PANEL + half);
+#endif
+    for (int r = 0; r < 16; ++r) {
+      bool real = first_row + half + r < end_row;
+      for (int64_t j = k; j < words; ++j) {
+        uint32_t word = 0;
+        if (real) std::memcpy(&word, src[r] + j, 4);
+        out[j * PANEL + half + r] = word;
+      }
+    }
   }
   return dst;
 }
@@ -73,7 +120,7 @@ void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP], const c
       if (NP == 2 && job.a.gate) {
         repeat<NV>([&](auto j) INLINE {
           finish<T>(job.a, row + i, col0 + g + j * VW,
-                    gated(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
+                    gated<T>(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
         });
       } else {
         repeat<N>([&](auto j) INLINE {

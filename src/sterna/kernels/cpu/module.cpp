@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <charconv>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -102,12 +103,13 @@ void bind_row_ops(nb::class_<Kernels>& k) {
 void bind_matrix_ops(nb::class_<Kernels>& k) {
   k.def("linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr weight,
                      Addr bias, Addr residual, Addr out, int kind, int dtype, int packed, int in,
-                     int out_features, int gate, int out_f32, float softcap, float scale) {
+                     int out_features, int gate, int act, int out_f32, float softcap,
+                     float scale) {
     self.submit(tape, LinearArgs{ptr<void>(x), ptr<void>(weight), ptr<void>(bias),
                                  ptr<void>(residual), ptr<void>(out), kind, dtype, packed, in,
-                                 out_features, gate, out_f32, softcap, scale}, t, r, s);
+                                 out_features, gate, act, out_f32, softcap, scale}, t, r, s);
   }, "tape"_a.none(), ROWS, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
-     "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "out_f32"_a,
+     "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "act"_a, "out_f32"_a,
      "softcap"_a, "scale"_a);
 }
 
@@ -123,15 +125,16 @@ void bind_quant_ops(nb::class_<Kernels>& k) {
   k.def("quant_linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr tiles,
                            Addr scales, Addr table, Addr row_formats, int bits, int group,
                            int scale_kind, int in, Addr bias, Addr residual, Addr out, int kind,
-                           int dtype, int out_features, int gate, int out_f32, float softcap,
+                           int dtype, int out_features, int gate, int act, int out_f32, float softcap,
                            float scale, float int8_unit) {
     self.submit(tape, QuantLinearArgs{ptr<void>(x), quant_weight(tiles, scales, table, row_formats,
                                       bits, group, scale_kind, in), ptr<void>(bias),
                                       ptr<void>(residual), ptr<void>(out), kind, dtype,
-                                      out_features, gate, out_f32, softcap, scale, int8_unit},
+                                      out_features, gate, act, out_f32, softcap, scale, int8_unit},
                 t, r, s);
   }, "tape"_a.none(), ROWS, "x"_a, WEIGHT, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
-     "dtype"_a, "out_features"_a, "gate"_a, "out_f32"_a, "softcap"_a, "scale"_a, "int8_unit"_a);
+     "dtype"_a, "out_features"_a, "gate"_a, "act"_a, "out_f32"_a, "softcap"_a, "scale"_a,
+     "int8_unit"_a);
   k.def("quant_embed", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr tiles,
                           Addr scales, Addr table, Addr row_formats, int bits, int group,
                           int scale_kind, int in, Addr out, int kind, int dtype, float scale) {
@@ -147,27 +150,45 @@ void bind_quant_ops(nb::class_<Kernels>& k) {
 
 void bind_attention_ops(nb::class_<Kernels>& k) {
   k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
-                   Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache, Addr slots,
-                   int dtype, int heads, int kv_heads, int head_dim, int rotary_dim,
-                   int unit_offset, int block_size, int format, float eps) {
-    self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<float>(table),
-                               ptr<void>(q_norm), ptr<void>(k_norm), ptr<void>(out),
-                               ptr<void>(cache), ptr<int64_t>(slots), dtype, heads, kv_heads,
-                               head_dim, rotary_dim, unit_offset, block_size, format, eps}, t, r, s);
-  }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "table"_a, "q_norm"_a, "k_norm"_a, "out"_a,
-     "cache"_a, "slots"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-     "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "cache_format"_a,
-     "eps"_a);
+                   Addr row_ids, Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache,
+                   Addr slots, int kind, int dtype, int heads, int kv_heads, int head_dim,
+                   int rotary_dim, int unit_offset, int block_size, int format, float eps) {
+    int64_t stride = int64_t(heads + 2 * kv_heads) * head_dim;
+    self.submit(tape, RopeArgs{ptr<void>(qkv), ptr<int32_t>(positions), ptr<int32_t>(row_ids),
+                               ptr<float>(table), ptr<void>(q_norm), ptr<void>(k_norm),
+                               ptr<void>(out), ptr<void>(cache), ptr<int64_t>(slots), kind, dtype,
+                               heads, kv_heads, head_dim, rotary_dim, unit_offset, block_size,
+                               format, stride, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "qkv"_a, "positions"_a, "row_ids"_a, "table"_a, "q_norm"_a, "k_norm"_a,
+     "out"_a, "cache"_a, "slots"_a, "rows_kind"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a,
+     "head_dim"_a, "rotary_dim"_a, "unit_offset"_a, "block_size"_a, "cache_format"_a, "eps"_a);
+  k.def("store", [](Kernels& self, Tape* tape, int t, int r, int s, Addr kv, Addr positions,
+                    Addr slots, const std::vector<Addr>& tables, const std::vector<int>& rotary,
+                    const std::vector<Addr>& k_norms, const std::vector<Addr>& caches, int kind,
+                    int dtype, int kv_heads, int head_dim, int unit_offset, int block_size,
+                    int format, float eps) {
+    int64_t stride = int64_t(caches.size()) * 2 * kv_heads * head_dim;
+    StoreArgs args{RopeArgs{ptr<void>(kv), ptr<int32_t>(positions), nullptr, nullptr, nullptr,
+                            nullptr, nullptr, nullptr, ptr<int64_t>(slots), kind, dtype, 0,
+                            kv_heads, head_dim, 0, unit_offset, block_size, format, stride, eps},
+                   {}};
+    for (size_t i = 0; i < caches.size(); ++i)
+      args.layers.push_back({ptr<float>(tables.at(i)), ptr<void>(k_norms.at(i)),
+                             ptr<void>(caches[i]), rotary.at(i)});
+    self.submit(tape, args, t, r, s);
+  }, "tape"_a.none(), ROWS, "kv"_a, "positions"_a, "slots"_a, "tables"_a, "rotary_dims"_a,
+     "k_norms"_a, "caches"_a, "rows_kind"_a, "dtype"_a, "num_kv_heads"_a, "head_dim"_a,
+     "unit_offset"_a, "block_size"_a, "cache_format"_a, "eps"_a);
   k.def("attention", [](Kernels& self, Tape* tape, int t, int r, int s, Addr q, Addr cache,
-                        Addr tables, Addr starts, Addr lens, Addr out, int dtype, int heads,
+                        Addr tables, Addr starts, Addr lens, Addr out, int kind, int dtype, int heads,
                         int kv_heads, int head_dim, int block_size, int width, int q_stride,
                         int window, int format, float scale, float softcap) {
     self.submit(tape, AttentionArgs{ptr<void>(q), ptr<void>(cache), ptr<int32_t>(tables),
                                     ptr<int32_t>(starts), ptr<int32_t>(lens), ptr<void>(out),
-                                    dtype, heads, kv_heads, head_dim, block_size, width,
+                                    kind, dtype, heads, kv_heads, head_dim, block_size, width,
                                     q_stride, window, format, scale, softcap}, t, r, s);
   }, "tape"_a.none(), ROWS, "q"_a, "cache"_a, "block_tables"_a, "query_starts"_a,
-     "context_lens"_a, "out"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+     "context_lens"_a, "out"_a, "rows_kind"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
      "block_size"_a, "table_width"_a, "q_stride"_a, "window"_a, "cache_format"_a,
      "scale"_a, "softcap"_a);
   k.def("attention_grad", [](Kernels& self, Addr qkv, Addr grad, Addr starts, Addr d_qkv,
@@ -181,6 +202,49 @@ void bind_attention_ops(nb::class_<Kernels>& k) {
   }, "qkv"_a, "grad"_a, "query_starts"_a, "d_qkv"_a, "partial"_a, "dtype"_a, "num_heads"_a,
      "num_kv_heads"_a, "head_dim"_a, "parts"_a, "window"_a, "num_tokens"_a, "seqs"_a, "scale"_a,
      "softcap"_a);
+}
+
+// Rows of floats as JSON lists, one a line: the shortest digits that read back as the same float.
+nb::bytes json_rows(Addr values, int64_t rows, int64_t cols) {
+  std::string text;
+  {
+    nb::gil_scoped_release release;
+    const float* x = ptr<float>(values);
+    text.reserve(size_t(rows) * size_t(cols) * 14);
+    char digits[32];
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c, ++x) {
+        text += c ? ',' : '[';
+        text.append(digits, std::to_chars(digits, digits + sizeof(digits), *x).ptr);
+      }
+      text += "]\n";
+    }
+  }
+  return nb::bytes(text.data(), text.size());
+}
+
+void bind_encoder_ops(nb::class_<Kernels>& k) {
+  k.def("embed_norm", [](Kernels& self, Tape* tape, int t, int r, int s, Addr tokens, Addr table,
+                         Addr positions, Addr position_table, Addr weight, Addr bias, Addr out,
+                         int dtype, int hidden, int num_positions, float eps) {
+    self.submit(tape, EmbedNormArgs{ptr<int32_t>(tokens), ptr<void>(table), ptr<int32_t>(positions),
+                                    ptr<float>(position_table), ptr<void>(weight), ptr<void>(bias),
+                                    ptr<void>(out), dtype, hidden, num_positions, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "token_ids"_a, "table"_a, "positions"_a, "position_table"_a, "weight"_a,
+     "bias"_a, "out"_a, "dtype"_a, "hidden"_a, "num_positions"_a, "eps"_a);
+  k.def("bidirectional", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr starts,
+                            Addr out, int dtype, int heads, int kv_heads, int head_dim, int window,
+                            float scale) {
+    self.submit(tape, BidirectionalArgs{ptr<void>(qkv), ptr<int32_t>(starts), ptr<void>(out), dtype,
+                                        heads, kv_heads, head_dim, window, scale}, t, r, s);
+  }, "tape"_a.none(), ROWS, "qkv"_a, "query_starts"_a, "out"_a, "dtype"_a, "num_heads"_a,
+     "num_kv_heads"_a, "head_dim"_a, "window"_a, "scale"_a);
+  k.def("pool", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr starts, Addr out,
+                   int dtype, int hidden, int kind, int normalize) {
+    self.submit(tape, PoolArgs{ptr<void>(x), ptr<int32_t>(starts), ptr<float>(out), dtype, hidden,
+                               kind, normalize}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "query_starts"_a, "out"_a, "dtype"_a, "hidden"_a, "kind"_a,
+     "normalize"_a);
 }
 
 }  // namespace
@@ -204,6 +268,7 @@ NB_MODULE(_cpu, m) {
   k.def("replay", &Kernels::replay, "tape"_a, ROWS);
   k.def("profile", &Kernels::profile, "tape"_a, ROWS);
   m.attr("MAX_DRAW_VOCAB") = MAX_DRAW_VOCAB;
+  m.def("json_rows", &json_rows, "values"_a, "rows"_a, "cols"_a);
   m.def("attention_grad_width", &attention_grad_width, "head_dim"_a);
   m.def("int8_row_bytes", &int8_row_bytes, "in_features"_a);
   m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
@@ -241,4 +306,5 @@ NB_MODULE(_cpu, m) {
   bind_matrix_ops(k);
   bind_quant_ops(k);
   bind_attention_ops(k);
+  bind_encoder_ops(k);
 }

@@ -17,8 +17,10 @@ template <int N>
 static inline INLINE void gate_all(int gate, vf (&g)[N], const vf (&u)[N]) {
   if (gate == ACT_SILU) {
     repeat<N>([&](auto i) INLINE { g[i] = vsilu(g[i]) * u[i]; });
-  } else {
+  } else if (gate == ACT_GELU_TANH) {
     repeat<N>([&](auto i) INLINE { g[i] = vgelu_tanh(g[i]) * u[i]; });
+  } else {
+    repeat<N>([&](auto i) INLINE { g[i] = vgelu_exact(g[i]) * u[i]; });
   }
 }
 

@@ -111,8 +111,9 @@ void store_quantised(const RopeArgs& a, int64_t slot, int head, float* key, cons
 template <class T>
 void rope_token(const RopeArgs& a, int t, int num_tokens) {
   float x[MAX_HEAD_DIM];
-  const int C = a.head_dim, H = a.num_heads, G = a.num_kv_heads, position = a.positions[t];
-  const T* row = static_cast<const T*>(a.qkv) + int64_t(t) * (H + 2 * G) * C;
+  const int C = a.head_dim, H = a.num_heads, G = a.num_kv_heads;
+  const int position = a.positions[a.row_ids ? a.row_ids[t] : t];
+  const T* row = static_cast<const T*>(a.qkv) + t * a.row_stride;
   T* out = static_cast<T*>(a.out) + int64_t(t) * (a.cache ? H : H + 2 * G) * C;
   for (int h = 0; h < H; ++h) {
     prepare_head(a, row + h * C, a.q_norm, position, x);
@@ -142,15 +143,44 @@ void rope_t(const RopeArgs& a, int tokens, int unit) {
   for (int t = unit * UNIT_TOKENS; t < end && t < tokens; ++t) rope_token<T>(a, t, tokens);
 }
 
+int num_units(const RopeArgs& a, const Step& step) {
+  return (step.num_rows[a.rows_kind] + UNIT_TOKENS - 1) / UNIT_TOKENS;
+}
+
+void rope_unit(const RopeArgs& a, const Step& step, int unit) {
+  int rows = step.num_rows[a.rows_kind];
+  a.dtype ? rope_t<bf16>(a, rows, unit) : rope_t<float>(a, rows, unit);
+}
+
+// The share of one layer in a bulk write: the same call that `rope_store` makes for its own.
+RopeArgs layer_of(const StoreArgs& a, int i) {
+  RopeArgs one = a.rows;
+  const StoreLayer& layer = a.layers[i];
+  int64_t first = int64_t(i) * 2 * one.num_kv_heads * one.head_dim * (one.dtype ? 2 : 4);
+  one.qkv = static_cast<const char*>(one.qkv) + first;
+  one.table = layer.table;
+  one.k_norm = layer.k_norm;
+  one.cache = layer.cache;
+  one.rotary_dim = layer.rotary_dim;
+  return one;
+}
+
 }  // namespace
 
 Kernel<RopeArgs> rope_kernel() {
-  return {[](const RopeArgs&, const Step& step) {
-            return (step.num_rows[0] + UNIT_TOKENS - 1) / UNIT_TOKENS;
-          },
+  return {[](const RopeArgs& a, const Step& step) { return num_units(a, step); },
           [](const RopeArgs& a, const Step& step, const Worker&, int unit) {
-            int tokens = step.num_rows[0];
-            a.dtype ? rope_t<bf16>(a, tokens, unit) : rope_t<float>(a, tokens, unit);
+            rope_unit(a, step, unit);
+          }};
+}
+
+Kernel<StoreArgs> store_kernel() {
+  return {[](const StoreArgs& a, const Step& step) {
+            return num_units(a.rows, step) * int(a.layers.size());
+          },
+          [](const StoreArgs& a, const Step& step, const Worker&, int unit) {
+            int num_layers = int(a.layers.size()), i = unit % num_layers;
+            rope_unit(layer_of(a, i), step, unit / num_layers);
           }};
 }
 

@@ -1,6 +1,8 @@
 // Ops that work on one row at a time: embedding, norms, activations, row selection.
+#include "activations.h"
 #include "kernels.h"
 #include "microkernel.h"
+#include "norm.h"
 
 namespace sterna {
 namespace STERNA_ISA {
@@ -46,21 +48,6 @@ void embed_t(const EmbedArgs& a, Range r) {
     embed_row<T>(a, a.tokens[i], static_cast<T*>(a.out) + int64_t(i) * a.hidden);
 }
 
-// sum of f(x) over a row: VW partial sums, then a fixed tree, then the tail in order.
-template <class T, class F>
-float row_sum(const T* x, int n, F f) {
-  vf acc = {};
-  int k = 0;
-  for (; k + VW <= n; k += VW) acc += f(load(x + k));
-  float total = sum(acc);
-  for (; k < n; ++k) {
-    float lanes[VW];
-    store(lanes, f(splat(to_float(x[k]))));
-    total += lanes[0];
-  }
-  return total;
-}
-
 template <class T>
 void rms_row(const NormArgs& a, const T* x, T* out) {
   const T* weight = static_cast<const T*>(a.weight);
@@ -75,50 +62,24 @@ void rms_row(const NormArgs& a, const T* x, T* out) {
 }
 
 template <class T>
-void layer_row(const NormArgs& a, const T* x, T* out) {
-  const T* weight = static_cast<const T*>(a.weight);
-  const T* bias = static_cast<const T*>(a.bias);
-  float mean = row_sum(x, a.hidden, [](vf v) { return v; }) / a.hidden;
-  float var = row_sum(x, a.hidden, [=](vf v) { return (v - splat(mean)) * (v - splat(mean)); });
-  float inv = 1.f / std::sqrt(var / a.hidden + a.eps);
-  for (int k = 0; k < a.hidden; ++k) {
-    float b = bias ? to_float(bias[k]) : 0.f;
-    store_one(out + k, (to_float(x[k]) - mean) * inv * to_float(weight[k]) + b);
-  }
-}
-
-template <class T>
 void norm_t(const NormArgs& a, Range r) {
   for (int i = r.begin; i < r.end; ++i) {
     const T* x = static_cast<const T*>(a.x) + int64_t(i) * a.hidden;
     T* out = static_cast<T*>(a.out) + int64_t(i) * a.hidden;
-    a.is_layer_norm ? layer_row(a, x, out) : rms_row(a, x, out);
+    a.is_layer_norm ? layer_norm_row(x, static_cast<const T*>(a.weight), static_cast<const T*>(a.bias),
+                                     a.hidden, a.eps, out)
+                    : rms_row(a, x, out);
   }
-}
-
-float gelu_erf(float x) { return 0.5f * x * (1.f + std::erf(x * 0.70710678118654752f)); }
-
-vf apply(int kind, vf v) {
-  switch (kind) {
-    case ACT_SILU: return vsilu(v);
-    case ACT_GELU_TANH: return vgelu_tanh(v);
-    case ACT_RELU: return v > 0.f ? v : (vf){};
-    default: break;
-  }
-  float lanes[VW];
-  store(lanes, v);
-  for (int i = 0; i < VW; ++i) lanes[i] = gelu_erf(lanes[i]);
-  return load(lanes);
 }
 
 template <class T>
 void activate_row(const ActivateArgs& a, const T* x, const T* y, T* out) {
   int k = 0;
   for (; k + VW <= a.hidden; k += VW)
-    store(out + k, y ? load(x + k) + load(y + k) : apply(a.kind, load(x + k)));
+    store(out + k, y ? load(x + k) + load(y + k) : activated<sizeof(T) == 2>(a.kind, load(x + k)));
   for (; k < a.hidden; ++k) {
     float lanes[VW];
-    store(lanes, apply(a.kind, splat(to_float(x[k]))));
+    store(lanes, activated<sizeof(T) == 2>(a.kind, splat(to_float(x[k]))));
     store_one(out + k, y ? to_float(x[k]) + to_float(y[k]) : lanes[0]);
   }
 }

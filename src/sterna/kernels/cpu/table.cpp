@@ -12,10 +12,11 @@ const KernelTable* CAT(STERNA_ISA, _table)() {
   namespace isa = STERNA_ISA;
   static const KernelTable table{STR(STERNA_ISA),   isa::embed_kernel(),    isa::norm_kernel(),
                                  isa::linear_kernel(), isa::activate_kernel(), isa::select_kernel(),
-                                 isa::rope_kernel(),  isa::attention_kernel(),
+                                 isa::rope_kernel(),  isa::store_kernel(), isa::attention_kernel(),
                                  isa::attention_grad_kernel(), isa::draw_kernel(), isa::score_kernel(),
                                  isa::quant_linear_kernel(), isa::quant_embed_kernel(),
-                                 isa::quant_rows_kernel()};
+                                 isa::quant_rows_kernel(), isa::embed_norm_kernel(),
+                                 isa::bidirectional_kernel(), isa::pool_kernel()};
   return &table;
 }
 

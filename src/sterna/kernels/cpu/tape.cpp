@@ -12,6 +12,7 @@ const auto& kernel(const KernelTable& t, const LinearArgs&) { return t.linear; }
 const auto& kernel(const KernelTable& t, const ActivateArgs&) { return t.activate; }
 const auto& kernel(const KernelTable& t, const SelectArgs&) { return t.select; }
 const auto& kernel(const KernelTable& t, const RopeArgs&) { return t.rope; }
+const auto& kernel(const KernelTable& t, const StoreArgs&) { return t.store; }
 const auto& kernel(const KernelTable& t, const AttentionArgs&) { return t.attention; }
 const auto& kernel(const KernelTable& t, const AttentionGradArgs&) { return t.attention_grad; }
 const auto& kernel(const KernelTable& t, const DrawArgs&) { return t.draw; }
@@ -19,9 +20,13 @@ const auto& kernel(const KernelTable& t, const ScoreArgs&) { return t.score; }
 const auto& kernel(const KernelTable& t, const QuantLinearArgs&) { return t.quant_linear; }
 const auto& kernel(const KernelTable& t, const QuantEmbedArgs&) { return t.quant_embed; }
 const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_rows; }
+const auto& kernel(const KernelTable& t, const EmbedNormArgs&) { return t.embed_norm; }
+const auto& kernel(const KernelTable& t, const BidirectionalArgs&) { return t.bidirectional; }
+const auto& kernel(const KernelTable& t, const PoolArgs&) { return t.pool; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
-                                 "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed", "quant_rows"};
+                                 "store", "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed",
+                                 "quant_rows", "embed_norm", "bidirectional", "pool"};
 
 }  // namespace
 

@@ -8,7 +8,8 @@
 namespace sterna {
 
 using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, ActivateArgs, SelectArgs, RopeArgs,
-                          AttentionArgs, AttentionGradArgs, DrawArgs, ScoreArgs, QuantLinearArgs, QuantEmbedArgs, QuantRowsArgs>;
+                          StoreArgs, AttentionArgs, AttentionGradArgs, DrawArgs, ScoreArgs, QuantLinearArgs,
+                          QuantEmbedArgs, QuantRowsArgs, EmbedNormArgs, BidirectionalArgs, PoolArgs>;
 
 // Owns the calls, not the memory they point to: the recorder keeps that alive.
 class Tape {

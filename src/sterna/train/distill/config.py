@@ -21,6 +21,10 @@ class DistillSection(BaseModel):
     group_size: int = Field(
         1, ge=1, description="swiftkv: later layers that share keys and values (AcrossKV)"
     )
+    fit_tokens: int = Field(
+        16_384, ge=0, description="swiftkv: training tokens on which keys and values are fitted to "
+        "the original's by least squares before the first step; 0 = start as its rows",
+    )  # fmt: skip
     temperature: float = Field(2.0, gt=0, description="swiftkv: of the KL between the two")
     hidden_weight: float = Field(
         1.0,

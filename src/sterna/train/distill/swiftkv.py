@@ -7,9 +7,10 @@ alone are trained. They start as
     q_swiftkv_i      layer i's own query rows
     kv_swiftkv_j     the mean over its group of the layers' own key and value rows
 
-so with k = L - 1 and no groups the student starts as the teacher. The first k layers are frozen
-and the same in both: they run once, without a graph. With p the teacher, q the student and h the
-output of layer L - 2, the loss of a step is a mean over trained tokens of
+so with k = L - 1 and no groups the student starts as the teacher; then keys and values are fitted
+to the teacher's (fit.py). The first k layers are frozen and the same in both: they run once,
+without a graph. With p the teacher, q the student and h the output of layer L - 2, the loss of a
+step is a mean over trained tokens of
 
     T^2 KL(p^(1/T) || q^(1/T)) + w |h_student - h_teacher|^2 / |h_teacher|^2
 
@@ -31,8 +32,8 @@ from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
 from sterna.model.decoder import Decoder
 from sterna.model.layers import Block, Linear
-from sterna.model.swiftkv import SwiftKVConfig, SwiftKVDecoder, swiftkv_names
-from sterna.model.weights import split_parts
+from sterna.model.swiftkv import SwiftKVDecoder
+from sterna.model.swiftkv_config import SwiftKVConfig, with_swiftkv
 from sterna.parallel.ulysses import ParallelPlan
 from sterna.train.longseq.head import chunked_kl
 
@@ -44,7 +45,6 @@ class SwiftKVPair(nn.Module):
 
     def __init__(self, teacher: Decoder, swift: SwiftKVConfig) -> None:
         super().__init__()
-        swift.check(teacher.config)
         teacher.requires_grad_(False)
         self.config = teacher.config
         self.teacher = teacher
@@ -84,6 +84,14 @@ class SwiftKVPair(nn.Module):
         late, h = self.student.later(x, batch)
         return (late, self.student.norm(h)), taught
 
+    def teacher_kv(self, x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        """(layer, the teacher's qkv [T, (H + 2G) * C] before head norms and rotation) from k on."""
+        h = x
+        for i in self.student.owners:
+            block = _block(self.teacher, i)
+            yield i, block.attn.qkv(block.attn_norm(h))
+            h = block(h, batch, self.teacher.rope_of(i), None)
+
     def _teacher_later(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         h = late = x
         for i in self.student.owners:
@@ -94,9 +102,8 @@ class SwiftKVPair(nn.Module):
 
 def _share(teacher: Decoder, swift: SwiftKVConfig) -> SwiftKVDecoder:
     """A student of the teacher's own modules; its new ones have no values yet."""
-    student = SwiftKVDecoder(
-        teacher.config, swift, teacher.dtype, "meta", rope_device=teacher.device
-    )
+    config = with_swiftkv(teacher.config, swift)
+    student = SwiftKVDecoder(config, teacher.dtype, "meta", rope_device=teacher.device)
     new = {i: student.attention(i) for i in student.owners}
     for name in ("embed_tokens", "embed_positions", "norm", "lm_head", "ropes"):
         setattr(student, name, getattr(teacher, name))
@@ -107,12 +114,11 @@ def _share(teacher: Decoder, swift: SwiftKVConfig) -> SwiftKVDecoder:
         attn.out, attn.q_norm = old.attn.out, old.attn.q_norm
         attn.k_norm = old.attn.k_norm if attn.is_owner else None
         block.attn = attn
-        for linear in (attn.q_swiftkv, attn.kv_swiftkv):
-            if linear is not None:
-                linear.to_empty(device=teacher.device)
+        attn.q_swiftkv.to_empty(device=teacher.device)
     for i in range(swift.num_key_value_layers):
         student.layers[i] = teacher.layers[i]
-    student.norm_swiftkv.to_empty(device=teacher.device)
+    for module in (student.norm_swiftkv, student.kv_swiftkv):
+        module.to_empty(device=teacher.device)
     return student
 
 
@@ -125,39 +131,32 @@ def _block(teacher: Decoder, layer_idx: int) -> Block:
 @torch.no_grad()
 def start_values(teacher: Decoder, student: SwiftKVDecoder) -> None:
     """Fill the student's own parameters from the teacher's."""
-    first = _block(teacher, student.swift.num_key_value_layers)
-    student.norm_swiftkv.load_state_dict(first.attn_norm.state_dict())
+    later = _block(teacher, student.swift.num_key_value_layers)
+    student.norm_swiftkv.load_state_dict(later.attn_norm.state_dict())
     groups: dict[int, list[int]] = {}
     for i, owner in student.owners.items():
         groups.setdefault(owner, []).append(i)
         new, old = student.attention(i).q_swiftkv, _block(teacher, i).attn.qkv
-        _copy_rows(new, [old], 0, new.out_features)
-    for owner, members in groups.items():
-        new_kv = student.attention(owner).kv_swiftkv
-        assert new_kv is not None
+        _copy_rows(new, 0, [old], 0, new.out_features)
+    width = student.kv_swiftkv.out_features // len(groups)
+    for group_idx, members in enumerate(groups.values()):
         olds = [_block(teacher, i).attn.qkv for i in members]
-        _copy_rows(new_kv, olds, olds[0].out_features - new_kv.out_features, new_kv.out_features)
+        first = olds[0].out_features - width  # keys and values come last
+        _copy_rows(student.kv_swiftkv, group_idx * width, olds, first, width)
 
 
-def _copy_rows(new: Linear, olds: list[Linear], start: int, count: int) -> None:
-    """Rows [start, start + count) of the old stacked weights, averaged in float32."""
+def _copy_rows(new: Linear, at: int, olds: list[Linear], start: int, count: int) -> None:
+    """Rows [start, start + count) of the old weights, averaged in float32, to rows `at` and on."""
     for name in ("weight", "bias"):
         target = getattr(new, name)
         if target is not None:
             rows = [getattr(old, name)[start : start + count].float() for old in olds]
-            target.copy_(torch.stack(rows).mean(0))
+            target[at : at + count].copy_(torch.stack(rows).mean(0))
 
 
 def own_parameters(student: SwiftKVDecoder) -> dict[str, nn.Parameter]:
     """What SwiftKV adds to the model, by name: what is trained."""
     return {name: p for name, p in student.named_parameters() if "swiftkv" in name}
-
-
-def student_tensors(student: SwiftKVDecoder) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of the student by checkpoint name."""
-    names = swiftkv_names(student.config.family.hf_names)
-    for name, parameter in student.named_parameters():
-        yield from split_parts(name, parameter.detach(), names, student.config)
 
 
 def swiftkv_loss(

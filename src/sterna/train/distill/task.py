@@ -13,24 +13,25 @@ from sterna.core.errors import ConfigError
 from sterna.model.decoder import Decoder
 from sterna.model.hf_weights import SafetensorsSource
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.save import hf_config
 from sterna.model.speculator import SpeculatorConfig, fill, speculator_hf_config
-from sterna.model.swiftkv import SwiftKVConfig, swiftkv_hf_config, swiftkv_names
-from sterna.model.weights import read_parameter
+from sterna.model.swiftkv_config import SwiftKVConfig
+from sterna.model.weights import export, read_parameter
 from sterna.parallel.mesh import Mesh
+from sterna.quant.load import PLAIN, load_quantized
 from sterna.train.config import Recipe
+from sterna.train.distill.fit import fit_start
 from sterna.train.distill.measure import MeasureDrafts, MeasureStudent
 from sterna.train.distill.speculator import SpeculatorPair, speculator_loss
 from sterna.train.distill.swiftkv import (
     SwiftKVPair,
     own_parameters,
-    student_tensors,
     swiftkv_loss,
 )
 from sterna.train.hooks import Hook
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.step import Loss
-from sterna.train.task import Task, Weights
+from sterna.train.task import Task, Weights, plain_form
 
 
 def distillation(recipe: Recipe) -> Task:
@@ -47,6 +48,8 @@ class SwiftKVTask:
         pair = SwiftKVPair(teacher, swift_config(recipe, teacher))
         if source is not None:
             _fill_student(pair, source)
+        elif recipe.distill.fit_tokens:
+            fit_start(pair, recipe, mesh)
         return pair
 
     def loss(self, recipe: Recipe) -> Loss:
@@ -61,7 +64,8 @@ class SwiftKVTask:
     def weights(self, model: nn.Module) -> Weights:
         """The whole student."""
         assert isinstance(model, SwiftKVPair)
-        return Weights(student_tensors(model.student), swiftkv_hf_config(model.student), {})
+        student = model.student
+        return Weights(export(student, student.config.hf_names), hf_config(student), {})
 
     def final(self, model: nn.Module) -> Weights | None:
         """Checkpoints hold the whole student."""
@@ -150,13 +154,14 @@ def _base(recipe: Recipe, mesh: Mesh) -> Decoder:
     for name, is_set in refused.items():
         if is_set:
             raise ConfigError(f"{name} has no meaning for kind = 'distill'; leave it out")
-    return load_model(resolve_model(recipe.model.path), recipe.model.dtype, mesh.device).decoder
+    path = resolve_model(recipe.model.path)
+    return plain_form(load_quantized(path, recipe.model.dtype, mesh.device, PLAIN).decoder, path)
 
 
 @torch.no_grad()
 def _fill_student(pair: SwiftKVPair, folder: Path) -> None:
     """The student's own parameters from a checkpoint folder."""
     source = SafetensorsSource(folder)
-    names = swiftkv_names(pair.config.family.hf_names)
+    names = pair.student.config.hf_names
     for name, parameter in own_parameters(pair.student).items():
         parameter.copy_(read_parameter(source, name, names, parameter.shape, parameter.dtype))

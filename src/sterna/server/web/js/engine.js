@@ -217,6 +217,8 @@ function readoutText({
   first,
   steps,
   decode,
+  drafted,
+  accepted,
   prompt,
   budget,
   duration,
@@ -228,6 +230,7 @@ function readoutText({
   const which = steps === 1 ? `Step ${count(first)}` : `Mean of ${plural(steps, "step")}`;
   const parts = [
     `${rate(decode).replace(/\.0$/, "")} decode + ${rate(prompt).replace(/\.0$/, "")} prompt of ${count(budget)}`,
+    ...(drafted ? [`${rate(accepted)} of ${rate(drafted)} guesses right`] : []),
     ms(duration),
     `${count(running)} running`,
     `${count(waiting)} waiting`,

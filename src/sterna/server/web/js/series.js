@@ -14,6 +14,10 @@ export const WINDOWS = [
   { id: "120", label: "2 min", seconds: 120 },
 ];
 
+/** Tokens that drafts saved: right guesses, beside each decode's own token. */
+const accepted = (step) =>
+  (step.drafts ?? []).reduce((sum, draft) => sum + draft.num_accepted, 0);
+
 const mean = (steps, name) => steps.reduce((sum, step) => sum + step[name], 0) / steps.length;
 const last = (steps, name) => steps.at(-1)[name];
 
@@ -23,6 +27,8 @@ function rowOf(steps) {
     first: steps[0].step,
     steps: steps.length,
     decode: mean(steps, "num_decode_tokens"),
+    drafted: steps.reduce((sum, step) => sum + (step.num_draft_tokens ?? 0), 0) / steps.length,
+    accepted: steps.reduce((sum, step) => sum + accepted(step), 0) / steps.length,
     prompt: mean(steps, "num_prompt_tokens"),
     budget: last(steps, "token_budget"),
     duration: 1000 * mean(steps, "duration"),
@@ -81,7 +87,8 @@ export class StepSeries {
     const span = Math.min(seconds, Math.max(0.25, this.now - this.#steps[0].started));
     const sum = (name) => steps.reduce((total, step) => total + step[name], 0) / span;
     return {
-      decode: sum("num_decode_tokens"),
+      decode:
+        sum("num_decode_tokens") + steps.reduce((total, step) => total + accepted(step), 0) / span,
       prompt: sum("num_prompt_tokens"),
       steps: steps.length / span,
       busy: Math.min(1, sum("duration")),

@@ -1,0 +1,73 @@
+"""Drafters for tests: they know what will come, and spoil it on purpose."""
+
+from __future__ import annotations
+
+import random
+
+from sterna.engine import speculate
+from sterna.engine.drafters.base import Draft
+
+KINDS = ("right", "wrong", "mixed", "short")
+
+
+class Scripted:
+    """Knows each sample's plain output, by (request id, sample); says it as `kind` demands.
+
+    right: all of it; wrong: never the next token; mixed: each token spoilt with probability 1/4;
+    short: right, of random lengths, sometimes none.
+    """
+
+    name = "scripted"
+
+    def __init__(self, known, kind, vocab, seed=0):
+        self.known, self.kind, self.vocab = known, kind, vocab
+        self.rng = random.Random(f"{kind} {seed}")
+        self.seen = {}
+        self.finished = []
+
+    def start(self, seq):
+        assert seq not in self.seen, "started twice"
+        self.seen[seq] = list(seq.output)
+
+    def extend(self, seq, tokens):
+        self.seen[seq].extend(tokens)
+        assert self.seen[seq] == seq.output
+
+    def propose(self, seqs, limits):
+        return [self._draft(seq, limit) for seq, limit in zip(seqs, limits, strict=True)]
+
+    def finish(self, seq):
+        self.finished.append(seq)
+        self.seen.pop(seq, None)
+
+    def _draft(self, seq, limit):
+        assert seq.output == self.seen[seq]
+        known = self.known.get((seq.state.request.request_id, seq.index), ())
+        place, count = len(seq.output), min(limit, 12)
+        if self.kind == "short":
+            count = self.rng.randint(0, count)
+        tokens = [*known[place : place + count], *[1] * count][:count]
+        tokens = [self._spoilt(token, i) for i, token in enumerate(tokens)]
+        return Draft(tokens, [0.9] * count, self.name) if count else None
+
+    def _spoilt(self, token, i):
+        is_wrong = self.kind == "wrong" or (self.kind == "mixed" and self.rng.random() < 0.25)
+        return (token + 1 + i) % self.vocab if is_wrong else token
+
+
+class FreeRows:
+    """A cost model in which drafts cost nothing."""
+
+    level = 1.0
+
+    def seconds(self, num_rows, num_keys):
+        return 1e3
+
+    def note(self, num_rows, num_keys, seconds):
+        pass
+
+
+def always_draft(engine, monkeypatch):
+    """Verify whatever is proposed, however unlikely."""
+    monkeypatch.setattr(speculate, "MIN_GAIN", 0.0)
+    engine.speculator.cost = FreeRows()
