@@ -17,8 +17,8 @@ from sterna.core.log import setup_logging
 
 if TYPE_CHECKING:
     from sterna.data.config import DataConfig
+    from sterna.data.counts import Counts
     from sterna.data.pack import PackedRow
-    from sterna.data.tokenize import Counts
     from sterna.text.tokenizer import Tokenizer
 
 Fields = Annotated[dict[str, str] | None, Parameter(negative=())]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from sterna.cli.kinds import OFFLINE, read, task_of
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sterna.train.config import Recipe
     from sterna.train.result import TrainResult
 
@@ -28,7 +26,7 @@ def train(
     show: Annotated[bool, Parameter(negative=())] = False,
     verify: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Train a model by a recipe: fine-tuning, pretraining or distillation.
+    """Train a model by a recipe: fine-tuning, pretraining, distillation, reward models, DPO, KTO.
 
     On several processes: torchrun --nproc-per-node N -m sterna.cli train RECIPE.toml
 
@@ -49,7 +47,7 @@ def train(
     setup_logging()
     if settings:
         return _list_settings()
-    chosen = _read(recipe)
+    chosen = read(recipe)
     if show:
         from sterna.train.recipe import to_toml
 
@@ -58,22 +56,13 @@ def train(
     return _verify(chosen) if verify else _run(chosen, resume)
 
 
-def _read(arguments: Sequence[str]) -> Recipe:
-    from sterna.train.recipe import read_recipe
-
-    files = [Path(word) for word in arguments if not word.startswith("--")]
-    if not files:
-        raise ConfigError(
-            "no recipe given; write sterna train RECIPE.toml (sterna train --settings lists keys)"
-        )
-    return read_recipe(files, [word for word in arguments if word.startswith("--")])
-
-
 def _verify(recipe: Recipe) -> int:
     from rich.console import Console
 
     from sterna.train.verify import verify
 
+    if recipe.kind in OFFLINE:
+        raise ConfigError(f"--verify compares training on texts; it has no kind = {recipe.kind}")
     console = Console(stderr=True, highlight=False, markup=False)
     with console.status("plain training") as status:
         certificate = verify(recipe, status.update)
@@ -90,9 +79,10 @@ def _run(recipe: Recipe, resume: bool) -> int:
     from sterna.cli.train_samples import generate
     from sterna.train.loop import train as run
 
-    result = run(_on_own_text(recipe), resume=resume, generate=generate)
+    task = task_of(recipe)
+    result = run(_on_own_text(recipe), resume=resume, generate=generate, task=task)
     if is_main:
-        _print_result(result, recipe.kind == "distill")
+        _print_result(result, recipe.kind not in ("distill", "reward"))
     return _EXIT_OF.get(result.outcome, 0)
 
 
@@ -127,24 +117,25 @@ def _print_changes(recipe: Recipe) -> None:
     Console(stderr=True, highlight=False, markup=False).print(table)
 
 
-def _print_result(result: TrainResult, is_distilled: bool) -> None:
+def _print_result(result: TrainResult, can_chat: bool) -> None:
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     print(f"{result.outcome} after {result.steps} steps{loss}{held_out}")
     if result.outcome in _EXIT_OF:
         print(f"saved in {result.checkpoint}; go on with the same command and --resume")
     else:
-        print(f"model: {result.model}" + ("" if is_distilled else f" (sterna chat {result.model})"))
+        print(f"model: {result.model}" + (f" (sterna chat {result.model})" if can_chat else ""))
 
 
 def _list_settings() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from sterna.align.offline.config import OfflineRecipe
     from sterna.train.settings import all_settings
 
     table = Table("setting", "default", "meaning", box=None, header_style="bold")
-    for setting in all_settings():
+    for setting in all_settings(OfflineRecipe):
         table.add_row(setting.name, setting.default, setting.meaning)
     Console(highlight=False, markup=False).print(table)
     return 0

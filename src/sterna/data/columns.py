@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Keys under which Arrow cannot tell "absent" from "null": structs of one column share their keys.
-_NESTED = ("messages", "conversations", "prompt", "completion", "tools")
+_NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
 
 
 def _pyarrow() -> Any:

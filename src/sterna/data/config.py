@@ -6,8 +6,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Kind = Literal["auto", "jsonl", "text", "parquet", "arrow", "shards"]
-Format = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+Kind = Literal["auto", "jsonl", "json", "text", "parquet", "arrow", "shards"]
+Format = Literal[
+    "auto",
+    "chat",
+    "prompt_completion",
+    "alpaca",
+    "sharegpt",
+    "text",
+    "preference",
+    "kto",
+    "prompts",
+]
+# What a row becomes: text to predict, two answers side by side, or one with its label.
+Rows = Literal["text", "pairs", "labelled"]
 # The canonical names that `fields` maps to, by format.
 FIELDS: dict[str, tuple[str, ...]] = {
     "chat": ("messages", "tools", "chat_template_kwargs"),
@@ -15,6 +27,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system"),
     "sharegpt": ("conversations", "system", "tools"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "margin", "system", "tools"),
+    "kto": ("prompt", "completion", "label", "system", "tools"),
+    "prompts": ("prompt", "system", "tools"),
 }
 
 
@@ -101,6 +116,31 @@ class DataConfig(BaseModel):
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables of the chat template"
     )
+    rows: Rows = Field(
+        "text", description="what a row becomes; set by the kind of training. text takes the "
+        "chosen answer of a preference, and desirable ones of a label",
+    )  # fmt: skip
+    split: tuple[float, ...] = Field(
+        (), description="shares of the parts that the examples are divided into, such as "
+        "[2, 4, 4]; equal prompts stay in one part. Empty = no parts",
+    )  # fmt: skip
+    split_part: int = Field(0, ge=0, description="which part of the split is read, from 0")
     prefetch: int = Field(
         2, ge=0, description="threads that tokenise ahead; 0 = none. The data are the same"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.rows != "text" and self.train_on == "all":
+            raise ValueError(
+                'answers are compared without their prompts; leave out train_on = "all"'
+            )
+        if self.rows != "text" and self.too_long == "split":
+            raise ValueError("an answer is not compared in pieces; use too_long = truncate or drop")
+        if any(share <= 0 for share in self.split):
+            raise ValueError(f"split = {list(self.split)}: every share has to be above 0")
+        if self.split_part and self.split_part >= len(self.split):
+            raise ValueError(
+                f"split_part = {self.split_part}, but split has {len(self.split)} parts (from 0)"
+            )
+        return self

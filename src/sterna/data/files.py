@@ -15,6 +15,7 @@ from typing import Any
 
 from sterna.core.errors import DataError
 from sterna.core.lookup import unknown
+from sterna.data.arrays import JsonArray
 from sterna.data.columns import Arrow, Parquet
 from sterna.data.config import SourceConfig
 from sterna.data.gzipped import GzipLines
@@ -25,7 +26,7 @@ from sterna.data.tables import Table, nothing_in
 _KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl",
     ".txt": "text", ".md": "text", ".text": "text", ".parquet": "parquet", ".arrow": "arrow",
-    ".safetensors": "shards",
+    ".safetensors": "shards", ".json": "json",
 }  # fmt: skip
 _TEXT: dict[str, Callable[[Path], Table]] = {
     "file": WholeFile,
@@ -33,6 +34,8 @@ _TEXT: dict[str, Callable[[Path], Table]] = {
     "blank_line": Paragraphs,
 }
 _GZIP = b"\x1f\x8b"
+# Names of .json files that are the splits of a folder (DeepSpeed-Chat has train and eval).
+_SPLITS = ("train", "eval", "test", "valid", "validation", "dev")
 
 
 def open_tables(config: SourceConfig, keep: int) -> list[Table]:
@@ -62,6 +65,8 @@ def _open(path: Path, config: SourceConfig, keep: int) -> list[Table]:
     match config.kind if config.kind != "auto" else _kind(path):
         case "jsonl":
             return [GzipLines(path, keep) if _starts(path, _GZIP) else JsonLines(path)]
+        case "json":
+            return [JsonArray(path)]
         case "text":
             return [_TEXT[config.documents](path)]
         case "parquet":
@@ -89,11 +94,13 @@ def _kind(path: Path) -> str:
         return "parquet"
     if head.startswith(b"ARROW1"):
         return "arrow"
-    if head.lstrip().startswith(b"{") and not name.endswith(".json"):
+    if head.lstrip().startswith(b"{"):
         return "jsonl"
+    if head.lstrip().startswith(b"["):
+        return "json"
     raise DataError(
         f"{path}: of no known kind (known names: {', '.join(_KINDS)}); name it with `kind`. "
-        "A JSON array has to be written as lines, zstd to be unpacked"
+        "zstd has to be unpacked"
     )
 
 
@@ -114,6 +121,8 @@ def _is_data(path: Path, kind: str) -> bool:
     if not path.is_file() or path.name.startswith((".", "_")):
         return False
     found = next((k for end, k in _KINDS.items() if path.name.lower().endswith(end)), None)
+    if found == "json" and not _starts(path, b"["):
+        return False  # a config or an index, not rows
     return found is not None and kind in ("auto", found) and path.name.lower() != "readme.md"
 
 
@@ -130,6 +139,8 @@ def _split_of(path: Path, folder: Path) -> str | None:
     """The split in a hub's file name (`train-00000-of-00002.parquet`) or its folder's name."""
     stem, dash, rest = path.stem.partition("-")
     if dash and "-of-" in rest:
+        return stem
+    if path.suffix == ".json" and stem in _SPLITS:
         return stem
     return path.parent.name if path.parent not in (folder, folder / "data") else None
 

@@ -7,43 +7,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from sterna.core.errors import RowError
 from sterna.data.config import FIELDS, SourceConfig
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages in OpenAI's shape, for the chat template."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Text without a template: `prompt` is read, `completion` is trained."""
-
-    prompt: str
-    completion: str
-
-
-Sample = Conversation | Plain
+from sterna.data.fields import (
+    Conversation,
+    Plain,
+    Row,
+    Sample,
+    answered,
+    exchange,
+    objects_of,
+    text_of,
+    tools_of,
+    with_system,
+)
+from sterna.data.preferences import read_labelled, read_preference, read_prompt
 
 # The keys by which a format is known, in the order of asking.
 _SIGNS: tuple[tuple[str, frozenset[str]], ...] = (
     ("chat", frozenset({"messages"})),
     ("sharegpt", frozenset({"conversations"})),
+    ("preference", frozenset({"chosen", "rejected"})),
+    ("kto", frozenset({"prompt", "completion", "label"})),
     ("prompt_completion", frozenset({"prompt", "completion"})),
     ("alpaca", frozenset({"instruction", "output"})),
     ("text", frozenset({"text"})),
+    ("prompts", frozenset({"prompt"})),
 )
-_CONTENTS = {"tool_calls", "reasoning_content"}  # what a message without content may consist of
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant",
     "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool",
@@ -58,8 +50,6 @@ def detect_format(rows: Sequence[Row], fields: Mapping[str, str]) -> str:
         if known and all(signs <= keys for keys in known):
             return name
     found = ", ".join(sorted(known[0])) if known else "no row"
-    if known and {"chosen", "rejected"} <= known[0]:
-        raise RowError(f"preference rows ({found}) are not read here; they are for alignment")
     formats = "; ".join(f"{name}: {', '.join(sorted(signs))}" for name, signs in _SIGNS)
     raise RowError(
         f"keys {found} fit no format ({formats}); name one with `format`, and map the keys with "
@@ -76,6 +66,10 @@ def read_row(row: Row, format: str, source: SourceConfig, as_chat: bool) -> Samp
         for name in FIELDS[format]
         if (value := _pick(row, source.fields.get(name, name), name in source.fields)) is not None
     }
+    if format == "prompts":
+        own = {source.fields.get(name, name) for name in FIELDS[format]}
+        others = {key: value for key, value in row.items() if key not in own}
+        return read_prompt(picked, others, source, as_chat)
     return _READERS[format](picked, source, as_chat)
 
 
@@ -94,62 +88,19 @@ def _pick(row: Row, path: str, is_mapped: bool) -> Any:
     return value
 
 
-def _text(picked: Row, name: str, *, needed: bool = True) -> str:
-    value = picked.get(name, "")
-    if not isinstance(value, str):
-        raise RowError(f"{name} is a {type(value).__name__}, text is needed")
-    if needed and not value.strip():
-        raise RowError(f"{name} is {'empty' if name in picked else 'missing'}")
-    return value
-
-
-def _objects(picked: Row, name: str) -> list[dict[str, Any]]:
-    """A list of objects, or the same as JSON text."""
-    value = picked.get(name)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"{name} is text but no JSON ({error})") from error
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise RowError(f"{name} is {'no list of objects' if name in picked else 'missing'}")
-    if not value:
-        raise RowError(f"{name} is empty")
-    return [dict(item) for item in value]
-
-
-def _tools(picked: Row) -> list[dict[str, Any]] | None:
-    return _objects(picked, "tools") if picked.get("tools") else None
-
-
-def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    if not system or messages[0].get("role") in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
 def _chat(picked: Row, source: SourceConfig, as_chat: bool) -> Conversation:
     kwargs = picked.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise RowError(f"chat_template_kwargs is a {type(kwargs).__name__}, an object is needed")
-    messages = _with_system(_objects(picked, "messages"), source.system)
-    return _answered(Conversation(messages, _tools(picked), kwargs))
-
-
-def _answered(conversation: Conversation) -> Conversation:
-    if not any(message.get("role") == "assistant" for message in conversation.messages):
-        raise RowError("no message has the role assistant, so there is nothing to train")
-    for i, message in enumerate(conversation.messages):
-        if message.get("content") is None and not message.keys() & _CONTENTS:
-            raise RowError(f"messages[{i}] has no content and no tool_calls")
-    return conversation
+    messages = with_system(objects_of(picked, "messages"), source.system)
+    return answered(Conversation(messages, tools_of(picked), kwargs))
 
 
 def _sharegpt(picked: Row, source: SourceConfig, as_chat: bool) -> Conversation:
-    turns = _objects(picked, "conversations")
+    turns = objects_of(picked, "conversations")
     messages = [_sharegpt_message(turn, i) for i, turn in enumerate(turns)]
-    system = _text(picked, "system", needed=False) or source.system
-    return _answered(Conversation(_with_system(messages, system), _tools(picked)))
+    system = text_of(picked, "system", needed=False) or source.system
+    return answered(Conversation(with_system(messages, system), tools_of(picked)))
 
 
 def _sharegpt_message(turn: Row, i: int) -> dict[str, Any]:
@@ -179,38 +130,30 @@ def _calls(text: str, i: int) -> list[dict[str, Any]]:
 def _pair(picked: Row, source: SourceConfig, as_chat: bool) -> Sample:
     prompt = picked.get("prompt")
     if isinstance(prompt, list):
-        asked = [{**message, "train": False} for message in _objects(picked, "prompt")]
-        messages = [*asked, *_objects(picked, "completion")]
-        return _answered(Conversation(_with_system(messages, source.system)))
-    system = _text(picked, "system", needed=False) or source.system
-    return _exchange(_text(picked, "prompt", needed=as_chat), _text(picked, "completion"), system,
-                     as_chat)  # fmt: skip
+        asked = [{**message, "train": False} for message in objects_of(picked, "prompt")]
+        messages = [*asked, *objects_of(picked, "completion")]
+        return answered(Conversation(with_system(messages, source.system)))
+    system = text_of(picked, "system", needed=False) or source.system
+    prompt = text_of(picked, "prompt", needed=as_chat)
+    return exchange(prompt, text_of(picked, "completion"), system, as_chat)
 
 
 def _alpaca(picked: Row, source: SourceConfig, as_chat: bool) -> Sample:
-    given = _text(picked, "input", needed=False)
-    instruction = _text(picked, "instruction")
+    given = text_of(picked, "input", needed=False)
+    instruction = text_of(picked, "instruction")
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
-    system = _text(picked, "system", needed=False) or source.system
-    return _exchange(prompt if as_chat else f"{prompt}\n\n", _text(picked, "output"), system,
+    system = text_of(picked, "system", needed=False) or source.system
+    return exchange(prompt if as_chat else f"{prompt}\n\n", text_of(picked, "output"), system,
                      as_chat)  # fmt: skip
 
 
-def _exchange(prompt: str, completion: str, system: str, as_chat: bool) -> Sample:
-    if not as_chat:
-        return Plain(f"{system}\n\n{prompt}" if system else prompt, completion)
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ]
-    return Conversation(_with_system(messages, system))
-
-
 def _plain_text(picked: Row, source: SourceConfig, as_chat: bool) -> Plain:
-    return Plain("", _text(picked, "text"))
+    return Plain("", text_of(picked, "text"))
 
 
 _READERS: dict[str, Callable[[Row, SourceConfig, bool], Sample]] = {
+    "preference": read_preference,
+    "kto": read_labelled,
     "chat": _chat,
     "prompt_completion": _pair,
     "alpaca": _alpaca,

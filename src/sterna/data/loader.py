@@ -22,11 +22,12 @@ from sterna.core.errors import DataError
 from sterna.core.log import get_logger
 from sterna.data.ahead import Ahead, mapped
 from sterna.data.config import DataConfig
+from sterna.data.counts import Counts
 from sterna.data.mix import Batch, Cursor, Mixer
 from sterna.data.order import Permutation, mix
 from sterna.data.pack import Document, PackedRow, filler, pack
-from sterna.data.source import Source
-from sterna.data.tokenize import Counts, DocumentMaker
+from sterna.data.source import Source, open_sources
+from sterna.data.tokenize import DocumentMaker
 from sterna.text.tokenizer import Tokenizer
 
 _log = get_logger(__name__)
@@ -72,7 +73,7 @@ class Loader:
         assert 0 <= rank < world
         self._data = data
         self._rank, self._world = rank, world
-        self._sources = [Source(s, data, n, part) for n, s in enumerate(data.sources)]
+        self._sources = open_sources(data, part)
         self._maker = DocumentMaker(data, self._sources, tokenizer, max_document)
         self._mixer = Mixer(self._sources, data)
         self._identity = _identity(data, self._sources, tokenizer, part)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +23,38 @@ IGNORE = -100
 NO_SOURCE = -1
 
 
+# The borders of a document that is one sequence.
+WHOLE = np.zeros(1, np.int32)
+WHOLE.flags.writeable = False
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One tokenised document of n tokens, already shifted.
 
     `tokens` int32 [n]; `targets` int32 [n]: the document's next token where it is trained, else
     IGNORE; `source` is the index of its source in the settings; `place` its file and line or row.
+    It may hold several sequences that are only of use together (two answers to compare): `borders`
+    int32 are their starts, the first of which is 0, and `note` is what the row says of them (a
+    margin, a label).
     """
 
     tokens: Ints
     targets: Ints
     source: int
     place: str = ""
+    borders: Ints = field(default_factory=lambda: WHOLE)
+    note: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One training row of T tokens: D documents side by side, no padding.
+    """One training row of T tokens: D documents of S >= D sequences side by side, no padding.
 
-    `tokens` int32 [T]; `targets` int32 [T], already shifted, never across documents, IGNORE where
-    not trained; `positions` int32 [T], from 0 in every document; `starts` int32 [D + 1], the
+    `tokens` int32 [T]; `targets` int32 [T], already shifted, never across sequences, IGNORE where
+    not trained; `positions` int32 [T], from 0 in every sequence; `starts` int32 [S + 1], the
     borders (starts[0] = 0, starts[-1] = T); `sources`, of each document (NO_SOURCE = filler);
+    `counts` and `notes`, its number of sequences and its note (empty: one sequence each, no note);
     `places`, of each document, as `chats.jsonl:17`, for messages.
     """
 
@@ -52,6 +64,8 @@ class PackedRow:
     starts: Ints
     sources: tuple[int, ...]
     places: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    notes: tuple[float, ...] = ()
 
     @property
     def num_targets(self) -> int:
@@ -61,17 +75,44 @@ class PackedRow:
 
 def join(documents: Sequence[Document]) -> PackedRow:
     """The documents, in this order, as one row."""
-    lengths = [len(document.tokens) for document in documents]
-    starts = np.zeros(len(documents) + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
+    ends = np.cumsum([0, *(len(document.tokens) for document in documents)], dtype=np.int32)
+    inner = [d.borders + at for d, at in zip(documents, ends[:-1], strict=True)]
+    starts = np.concatenate([*inner, ends[-1:]]).astype(np.int32)
     return PackedRow(
         tokens=np.concatenate([document.tokens for document in documents]),
         targets=np.concatenate([document.targets for document in documents]),
-        positions=np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], lengths),
+        positions=np.arange(ends[-1], dtype=np.int32) - np.repeat(starts[:-1], np.diff(starts)),
         starts=starts,
         sources=tuple(document.source for document in documents),
         places=tuple(document.place for document in documents),
+        counts=tuple(len(document.borders) for document in documents),
+        notes=tuple(document.note for document in documents),
     )
+
+
+def documents_of(row: PackedRow) -> list[Document]:
+    """The documents of a row again, without fillers."""
+    counts = row.counts or (1,) * len(row.sources)
+    notes = row.notes or (0.0,) * len(row.sources)
+    places = row.places or ("",) * len(row.sources)
+    found, at = [], 0
+    for source, count, note, place in zip(row.sources, counts, notes, places, strict=True):
+        borders = row.starts[at : at + count]
+        part = slice(int(borders[0]), int(row.starts[at + count]))
+        at += count
+        if source != NO_SOURCE:
+            tokens, targets = row.tokens[part], row.targets[part]
+            found.append(Document(tokens, targets, source, place, borders - borders[0], note))
+    return found
+
+
+def sequences_of(document: Document) -> list[Document]:
+    """Each sequence of a document as one of its own."""
+    ends = [*document.borders.tolist(), len(document.tokens)]
+    return [
+        replace(document, tokens=document.tokens[a:b], targets=document.targets[a:b], borders=WHOLE)
+        for a, b in pairwise(ends)
+    ]
 
 
 def filler() -> PackedRow:

@@ -8,11 +8,12 @@ from pathlib import Path
 from sterna.core.errors import DataError
 from sterna.data.ahead import mapped
 from sterna.data.config import DataConfig
+from sterna.data.counts import Counts
 from sterna.data.mix import Mixer
 from sterna.data.pack import Document
 from sterna.data.shards import write_shards
 from sterna.data.source import Source
-from sterna.data.tokenize import Counts, DocumentMaker
+from sterna.data.tokenize import DocumentMaker
 from sterna.text.tokenizer import Tokenizer
 
 # No document is cut when it is packed: that is for the run that reads it to choose.
@@ -25,6 +26,11 @@ def whole_documents(data: DataConfig, tokenizer: Tokenizer, counts: Counts) -> I
     Of `data` what makes a document counts (sources, train_on, on_bad_row, template_kwargs,
     document_end, prefetch); order, mix and length do not.
     """
+    if data.split:
+        raise DataError(
+            "data.split parts rows by their prompts, which packed shards no longer tell; pack the "
+            "parts from files of their own, or leave the split out"
+        )
     for config in data.sources:
         once = config.model_copy(update={"epochs": 1})
         plain = data.model_copy(

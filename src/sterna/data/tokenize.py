@@ -9,51 +9,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sterna.core.errors import DataError, RequestError, RowError
+from sterna.data.beside import Answers, Whole
 from sterna.data.config import DataConfig
-from sterna.data.formats import Conversation, Plain, read_row
+from sterna.data.counts import Counts
+from sterna.data.fields import Conversation, Labelled, Pair, Plain, Prompt, Sample
+from sterna.data.formats import read_row
 from sterna.data.pack import IGNORE, Document
 from sterna.data.source import RawRow, Source
 from sterna.text.chat import ChatRenderer
 from sterna.text.tokenizer import Tokenizer
 from sterna.text.trained import trained_text
 
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the rows so far. `of` counts by name: rows, bad_rows, too_long (documents
-    over seq_len), untrained (without a target), documents, tokens, targets, packed_rows,
-    capacity (packed_rows times seq_len), documents_N and tokens_N of source N."""
-
-    NAMED: ClassVar[int] = 20  # bad rows whose place is kept
-    of: Counter[str] = field(default_factory=Counter)
-    bad_rows: list[str] = field(default_factory=list)
-
-    def add(self, other: Counts) -> None:
-        """Add another's counts; the first 20 bad rows stay named."""
-        self.of.update(other.of)
-        self.bad_rows.extend(other.bad_rows[: self.NAMED - len(self.bad_rows)])
-
-    def lost(self) -> str:
-        """`of 32 rows 5 malformed, 3 documents too long, 1 without a target`; empty if none is."""
-        names = {
-            "bad_rows": "malformed",
-            "too_long": "documents too long",
-            "untrained": "without a target",
-        }
-        lost = [f"{self.of[key]:,} {name}" for key, name in names.items() if self.of[key]]
-        return f"of {self.of['rows']:,} rows {', '.join(lost)}" if lost else ""
-
-    @property
-    def fill(self) -> float:
-        """The share of the packed rows' capacity that holds tokens (1.0 before any row)."""
-        return self.of["tokens"] / self.of["capacity"] if self.of["capacity"] else 1.0
+_Text = Conversation | Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +39,11 @@ class _Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Whole:
-    """A tokenised document of any length; arrays as in Document."""
+class _Read:
+    """A row that was read: its sequences (two of a pair), and its note."""
 
-    tokens: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    source: int
-    where: str
-
-    def place(self, at: int) -> str:
-        """Where the piece from token `at` on comes from."""
-        return f"{self.where} from token {at}" if at else self.where
+    parts: tuple[_Rendered | Whole, ...]
+    note: float = 0.0
 
 
 class DocumentMaker:
@@ -102,8 +69,14 @@ class DocumentMaker:
         ]
         self._before, self._after = _around(tokenizer)
         self._end = _document_end(tokenizer, data.document_end)
+        self._answers = Answers(data, tokenizer.bos_token_id, self._limit)
         for source in sources:
             source.check_tokenizer(tokenizer.fingerprint)
+            if source.is_tokens and data.rows != "text":
+                raise DataError(
+                    f"{source.config.path}: token shards hold texts, not answers to compare; name "
+                    "the files they were packed from"
+                )
             if source.is_tokens and data.train_on == "last":
                 raise DataError(
                     f"{source.config.path}: token shards keep which tokens are trained, not which "
@@ -113,45 +86,75 @@ class DocumentMaker:
     def make(self, rows: Sequence[RawRow]) -> tuple[list[Document], Counts]:
         """The documents of some rows, in order, and what was counted."""
         counts = Counts(Counter(rows=len(rows)))
-        found = [one for row in rows if (one := self._prepare(row, counts)) is not None]
-        texts = [one.text for one in found if isinstance(one, _Rendered)]
+        found = [one for row in rows for one in self._prepare(row, counts)]
+        texts = [part.text for one in found for part in one.parts if isinstance(part, _Rendered)]
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        documents: list[Document] = []
-        for one in found:
-            whole = self._whole(one, next(encoded)) if isinstance(one, _Rendered) else one
-            documents.extend(self._fitted(whole, counts))
-        return documents, counts
+        wholes = [
+            [self._whole(p, next(encoded)) if isinstance(p, _Rendered) else p for p in one.parts]
+            for one in found
+        ]
+        if self._data.rows == "text":
+            return [d for one in wholes for d in self._fitted(one[0], counts)], counts
+        notes = [one.note for one in found]
+        return self._answers.documents(wholes, notes, counts), counts
 
-    def _prepare(self, row: RawRow, counts: Counts) -> _Rendered | _Whole | None:
-        """What is to be tokenised, or is already; None for a bad row that is skipped."""
+    def _prepare(self, row: RawRow, counts: Counts) -> list[_Read]:
+        """What is to be tokenised, or is already; nothing for a bad row that is skipped."""
         if not self._sources[row.source].is_tokens:
             return self._render(row, counts)
         tokens, is_trained = row.raw
         if self._data.train_on == "all":
             is_trained = np.ones(len(tokens), np.bool_)
         where = row.table.where(row.number, row.raw)
-        return _Whole(tokens, _shifted(tokens, is_trained), row.source, where)
+        return [_Read((Whole(tokens, _shifted(tokens, is_trained), row.source, where),))]
 
-    def _render(self, row: RawRow, counts: Counts) -> _Rendered | None:
-        """The row's text and spans; None for a bad row that is skipped."""
+    def _render(self, row: RawRow, counts: Counts) -> list[_Read]:
+        """The row's texts and spans; nothing for a bad row that is skipped."""
         source = self._sources[row.source]
         where = row.table.where(row.number, row.raw)
         try:
             as_chat = self._as_chat[row.source]
             sample = read_row(row.table.decode(row.raw), source.format, source.config, as_chat)
-            if isinstance(sample, Plain):
-                found = self._plain(sample, row.source, where)
-            else:
-                found = self._chat(sample, row.source, where)
-            _check_unicode(found.text)
-            return found
+            return [
+                _Read(tuple(self._text(half, row.source, where) for half in halves), note)
+                for halves, note in self._wanted(sample, counts)
+            ]
         except (RowError, RequestError) as error:
             message = f"{where}: {error.message}"
             if self._data.on_bad_row == "fail":
                 raise RowError(f'{message}; mend the row or set on_bad_row = "skip"') from error
             counts.of["bad_rows"] += 1
             counts.bad_rows.append(message)
-            return None
+            return []
+
+    def _wanted(self, sample: Sample, counts: Counts) -> list[tuple[tuple[_Text, ...], float]]:
+        """The sequences that `data.rows` makes of a sample, and their notes."""
+        rows = self._data.rows
+        if isinstance(sample, Prompt):
+            raise RowError("is a prompt without an answer, which only rollouts can use")
+        if isinstance(sample, Pair):
+            if rows == "text":
+                return [((sample.chosen,), 0.0)]
+            if rows == "pairs":
+                return [((sample.chosen, sample.rejected), sample.margin)]
+            return [((sample.chosen,), 1.0), ((sample.rejected,), 0.0)]
+        if isinstance(sample, Labelled) and rows == "labelled":
+            return [((sample.answer,), float(sample.is_desirable))]
+        if rows != "text":
+            needed = "chosen and rejected" if rows == "pairs" else "a label"
+            raise RowError(f"has no {needed}, which this kind of training needs")
+        if isinstance(sample, Labelled):
+            counts.of["undesirable"] += not sample.is_desirable
+            return [((sample.answer,), 0.0)] if sample.is_desirable else []
+        return [((sample,), 0.0)]
+
+    def _text(self, sample: _Text, source: int, where: str) -> _Rendered:
+        if isinstance(sample, Plain):
+            found = self._plain(sample, source, where)
+        else:
+            found = self._chat(sample, source, where)
+        _check_unicode(found.text)
+        return found
 
     def _plain(self, sample: Plain, source: int, where: str) -> _Rendered:
         text = sample.prompt + sample.completion
@@ -165,7 +168,7 @@ class DocumentMaker:
         )
         return _Rendered(found.text, found.spans, True, source, where)
 
-    def _whole(self, one: _Rendered, ids: list[int]) -> _Whole:
+    def _whole(self, one: _Rendered, ids: list[int]) -> Whole:
         """The whole document."""
         is_trained = list(self._mask(one, ids))
         if not one.is_chat:
@@ -175,7 +178,7 @@ class DocumentMaker:
             ids = [*ids, *end]
             is_trained += is_trained[-1:]
         tokens = np.array(ids, np.int32)
-        return _Whole(
+        return Whole(
             tokens, _shifted(tokens, np.array(is_trained, np.bool_)), one.source, one.where
         )
 
@@ -196,7 +199,7 @@ class DocumentMaker:
         has_end = one.text.rstrip().endswith(self._renderer.turn_ends)
         return [] if has_end else list(self._tokenizer.eos_token_ids[:1])
 
-    def _fitted(self, whole: _Whole, counts: Counts) -> list[Document]:
+    def _fitted(self, whole: Whole, counts: Counts) -> list[Document]:
         """The document, or its pieces, within seq_len; none if nothing in it is trained.
 
         Targets were set before the cut, so the last token of a piece is still trained on the
@@ -215,10 +218,10 @@ class DocumentMaker:
         kept = [piece for piece in pieces if np.any(piece.targets != IGNORE)]
         counts.of["untrained"] += len(pieces) - len(kept)
         for piece in kept:
-            _count(counts, piece)
+            counts.add_document(piece)
         return kept
 
-    def _cut(self, whole: _Whole) -> list[int]:
+    def _cut(self, whole: Whole) -> list[int]:
         """Where the pieces of a too long document begin."""
         length = len(whole.tokens)
         match self._data.too_long:
@@ -249,15 +252,6 @@ def _shifted(tokens: NDArray[np.int32], is_trained: NDArray[np.bool_]) -> NDArra
     targets = np.full(len(tokens), IGNORE, np.int32)
     targets[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
     return targets
-
-
-def _count(counts: Counts, document: Document) -> None:
-    size = len(document.tokens)
-    counts.of["documents"] += 1
-    counts.of["tokens"] += size
-    counts.of["targets"] += int(np.count_nonzero(document.targets != IGNORE))
-    counts.of[f"documents_{document.source}"] += 1
-    counts.of[f"tokens_{document.source}"] += size
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

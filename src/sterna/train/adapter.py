@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -137,6 +138,19 @@ def adapted_modules(decoder: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
     for name, module in decoder.named_modules():
         if isinstance(module, AdaptedModule):
             yield name, module
+
+
+@contextmanager
+def adapter_off(decoder: nn.Module) -> Iterator[None]:
+    """The base alone, to the bit, while this lasts."""
+    modules = [module for _, module in adapted_modules(decoder)]
+    for module in modules:
+        module.is_on = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.is_on = True
 
 
 def trainable_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -115,6 +115,7 @@ class AdaptedModule(nn.Module):
         self.base: Any = base
         self.spans = spans
         self.is_dora = is_dora
+        self.is_on = True
         self.parts = nn.ModuleDict()
 
     def add(self, part: AdapterPart) -> None:
@@ -183,6 +184,9 @@ class AdaptedLinear(AdaptedModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N]; `residual` [T, N] is added."""
+        if not self.is_on:
+            plain: Tensor = self.base(x, residual)
+            return plain
         if not self.is_dora:
             y: Tensor = self.base(x, residual)
             return (y.float() + self.delta(x)).to(y.dtype)
@@ -198,6 +202,9 @@ class AdaptedGated(AdaptedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> act(gate) * up, [T, I]."""
+        if not self.is_on:
+            plain: Tensor = self.base(x)
+            return plain
         gate, up = self.scaled(_product(self.base, x), x).chunk(2, dim=-1)
         y = (_ACTIVATIONS[self.base.activation](gate) * up).to(x.dtype)
         return start_at(y, lambda: self.base(x), self.is_identity())

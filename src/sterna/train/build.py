@@ -69,9 +69,9 @@ def build(
     task = task or choose_task(recipe)
     torch.manual_seed(recipe.run.seed + mesh.rank)
     model = task.build(recipe, mesh, source)
-    tokenizer = load_tokenizer(_tokenizer_path(recipe))
+    tokenizer = load_tokenizer(tokenizer_path(recipe))
     _check_vocabulary(tokenizer, model)
-    positions = _positions(recipe, model)
+    positions = positions_of(recipe, model)
     if mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     away = offload(recipe, model, mesh)
@@ -103,7 +103,13 @@ def build(
 
 
 def choose_task(recipe: Recipe) -> Task:
-    """The task of a recipe's kind and adapter."""
+    """The task of a recipe's kind and adapter; ConfigError for a kind whose task lives in align."""
+    if recipe.kind not in (*TASKS, "distill"):
+        raise ConfigError(
+            f"kind = {recipe.kind} compares answers; run it with `sterna train`, or pass "
+            "sterna.align.offline.task.choose_task(recipe)",
+            param="kind",
+        )
     if recipe.adapter is not None:
         return Lora(recipe.adapter)
     if recipe.kind == "distill":
@@ -130,7 +136,8 @@ def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
         )
 
 
-def _tokenizer_path(recipe: Recipe) -> Path:
+def tokenizer_path(recipe: Recipe) -> Path:
+    """Where the recipe's tokenizer is; ConfigError for a model from scratch without one."""
     if recipe.model.tokenizer:
         return resolve_model(recipe.model.tokenizer)
     if recipe.model.config is not None:
@@ -151,7 +158,7 @@ def _check_vocabulary(tokenizer: Tokenizer, model: Any) -> None:
         )
 
 
-def _positions(recipe: Recipe, model: Any) -> int | None:
+def positions_of(recipe: Recipe, model: Any) -> int | None:
     """Positions the model has, which no document may exceed; None = as many as are asked for."""
     positions: int | None = getattr(model.config, "num_positions", None)
     if isinstance(model.config, HFConfig):
@@ -172,14 +179,21 @@ def _loader(
     return Loader(data, tokenizer, rank=dp.rank, world=dp.size, part=part, max_document=positions)
 
 
+def eval_data(recipe: Recipe) -> tuple[DataConfig, str] | None:
+    """The data of evals and which part of them; None = no evals."""
+    if recipe.eval.data is not None:
+        return recipe.eval.data, "train"
+    return (recipe.data, "held_out") if recipe.data.held_out else None
+
+
 def _eval_rows(
     recipe: Recipe, tokenizer: Tokenizer, mesh: Mesh, positions: int | None
 ) -> list[PackedRow]:
     """This rank's held-out rows, read once: every eval is on the same."""
-    data = recipe.eval.data or (recipe.data if recipe.data.held_out else None)
-    if data is None:
+    found = eval_data(recipe)
+    if found is None:
         return []
-    part = "train" if recipe.eval.data is not None else "held_out"
+    data, part = found
     count = -(-recipe.eval.max_rows // mesh.dp.size)
     with _loader(data, tokenizer, mesh, part, positions) as loader:
         return list(islice(loader, count))

@@ -17,7 +17,7 @@ from sterna.train.distill.config import DistillSection
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.offload.config import OffloadSection
 
-Kind = Literal["sft", "pretrain", "distill"]
+Kind = Literal["sft", "pretrain", "distill", "reward", "dpo", "kto"]
 
 
 class Section(BaseModel):
@@ -196,7 +196,10 @@ class EvalSection(Section):
 class Recipe(Section):
     """Everything a run is made of; `sterna train` reads it from TOML files."""
 
-    kind: Kind = Field(default="sft", description="sft (chats), pretrain (texts) or distill")
+    kind: Kind = Field(
+        default="sft",
+        description="sft (chats), pretrain (texts), distill; of answers compared: reward, dpo, kto",
+    )
     model: ModelSection = ModelSection()
     data: DataConfig
     loss: LossSection = LossSection()

@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-Points = Sequence[tuple[int, float]]
+Points = Sequence[tuple[float, float]]
 _COLORS = ("#2463a6", "#c1571b")
 _SPANS = 40  # a running mean reaches back over a 40th of the curve
 
 
-def smoothed(points: Points) -> list[tuple[int, float]]:
+def smoothed(points: Points) -> list[tuple[float, float]]:
     """An exponential mean over a 40th of the points, corrected for its start (as Adam's)."""
     keep = 1 - 1 / max(1, len(points) / _SPANS)
     mean, weight, result = 0.0, 0.0, []
@@ -22,8 +22,8 @@ def smoothed(points: Points) -> list[tuple[int, float]]:
     return result
 
 
-def draw(title: str, lines: dict[str, Points]) -> str:
-    """One chart, a line a name; names ending in " (raw)" are drawn faintly. SVG without header."""
+def draw(title: str, lines: dict[str, Points], x: str = "step") -> str:
+    """One chart over `x`, a line a name; those ending in " (raw)" are faint. SVG, no header."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 2.9), layout="constrained")
@@ -39,7 +39,7 @@ def draw(title: str, lines: dict[str, Points]) -> str:
             marker="o" if len(points) < 3 else None, markersize=3,
         )  # fmt: skip
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("step", fontsize=8)
+    axes.set_xlabel(x, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     if len(shown) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ class StepStats:
     seconds: float
     data_seconds: float  # of them, waiting for rows
     model_flops: float  # causal, no recompute
+    figures: dict[str, float] = field(default_factory=dict)  # what the kind of training adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class EvalStats:
     num_targets: int
     seconds: float
     is_best: bool
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Hook:
@@ -59,6 +61,10 @@ class Hook:
 
     def on_end(self, trainer: Trainer) -> None:
         """Once, after the final model was written; not called after an error."""
+
+    def report(self, trainer: Trainer) -> str:
+        """HTML to be added to the report; empty = nothing. The main rank only."""
+        return ""
 
     def close(self) -> None:
         """Once, however the run ended."""

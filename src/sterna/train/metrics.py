@@ -51,6 +51,7 @@ def step_figures(trainer: Trainer, stats: StepStats) -> dict[str, float]:
         "tokens_per_s": round(stats.num_tokens / seconds, 1),
         "mfu": stats.model_flops / seconds / trainer.parts.peak_flops,
         "memory_gib": memory_bytes(trainer.mesh.device) / 2**30,
+        **stats.figures,
     }
 
 
@@ -86,7 +87,7 @@ class MetricsFile(Hook):
     def on_eval(self, trainer: Trainer, stats: EvalStats) -> None:
         """A line."""
         figures = {"loss": stats.loss, "targets": stats.num_targets, "seconds": stats.seconds}
-        self._append("eval", stats.step, figures)
+        self._append("eval", stats.step, {**figures, **stats.figures})
 
     def _append(self, kind: str, step: int, figures: dict[str, float]) -> None:
         line = json.dumps({"kind": kind, "step": step, **figures}) + "\n"

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from sterna.data.counts import Counts
 from sterna.data.pack import PackedRow
-from sterna.data.tokenize import Counts
 from sterna.parallel.mesh import Axis, Mesh
 from sterna.train.config import Recipe
 from sterna.train.ema import Ema

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,8 +15,7 @@ from sterna.core.lookup import unknown
 from sterna.train.config import Recipe
 
 Layer = Mapping[str, Any]
-# Sources have no default: this one stands for "none given".
-_DEFAULTS = Recipe.model_validate({"data": {"sources": [{"path": "-"}]}})
+R = TypeVar("R", bound=Recipe)  # kinds with settings of their own have a subclass
 
 
 def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -25,19 +24,25 @@ def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError naming the file or flag: unreadable, no TOML, an unknown key (with the
     nearest name) or a value that is not allowed.
     """
+    return make_recipe(read_layers(files, overrides))
+
+
+def read_layers(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """As `read_recipe`, but the merged values, not checked yet."""
     flags = [parse_override(flag) for flag in overrides]
     merged: dict[str, Any] = {}
     for layer in (*map(_read_file, files), *flags):
         merge_into(merged, layer)
-    return make_recipe(merged)
+    return merged
 
 
-def make_recipe(values: Layer) -> Recipe:
+def make_recipe(values: Layer, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """A checked recipe of nested values; ConfigError in our words."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(finding) for finding in error.errors())) from error
+        found = (_describe(finding, kind) for finding in error.errors())
+        raise ConfigError("; ".join(found)) from error
 
 
 def parse_override(flag: str) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def flatten(model: Recipe) -> Iterator[tuple[str, Any]]:
 
 def changes(recipe: Recipe, base: Recipe | None = None) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in `base`, value here) where they differ; base None = the defaults."""
-    old = dict(flatten(base or _DEFAULTS))
+    old = dict(flatten(base or _defaults(recipe)))
     if base is None:
         del old["data.sources"]
     new = dict(flatten(recipe))
@@ -84,6 +89,12 @@ def changes(recipe: Recipe, base: Recipe | None = None) -> dict[str, tuple[Any, 
         for key in dict.fromkeys((*new, *old))
         if old.get(key) != new.get(key)
     }
+
+
+def _defaults(recipe: Recipe) -> Recipe:
+    """A recipe of this kind without settings. Sources have no default: "-" stands for none."""
+    kind = {} if type(recipe) is Recipe else {"kind": recipe.kind}
+    return type(recipe).model_validate({**kind, "data": {"sources": [{"path": "-"}]}})
 
 
 def to_toml(recipe: BaseModel) -> str:
@@ -108,18 +119,18 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _describe(finding: Any) -> str:
+def _describe(finding: Any, kind: type[Recipe]) -> str:
     path = [str(part) for part in finding["loc"]]
     name = ".".join(path)
     if finding["type"] == "extra_forbidden":
-        return unknown("key", name, _siblings(path))
+        return unknown("key", name, _siblings(path, kind))
     reason = str(finding["msg"]).removeprefix("Value error, ")
     return f"{name}: {reason} (given {finding['input']!r})" if name else reason
 
 
-def _siblings(path: Sequence[str]) -> list[str]:
+def _siblings(path: Sequence[str], kind: type[Recipe]) -> list[str]:
     """The keys allowed beside the last part of a path, dotted like it."""
-    model: Any = Recipe
+    model: Any = kind
     for part in path[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         model = model_of(field.annotation) if field is not None else model

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # (model folder, prompts, longest answer in tokens) -> answers
 Generate = Callable[[Path, Sequence[str], int], Sequence[str]]
 _log = get_logger(__name__)
+# Keys of every run's metrics; what a kind of training adds has charts of its own.
+_COMMON = {
+    "kind", "step", "loss", "grad_norm", "lr", "tokens", "targets", "seconds", "data_seconds",
+    "tokens_per_s", "mfu", "memory_gib",
+}  # fmt: skip
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --dim: #667; --line: #d6dae2; --page: #fff; }
@@ -61,12 +66,19 @@ class Report(Hook):
             answers = self._generate(trainer.output / "model", prompts, settings.sample_tokens)
             samples = list(zip(prompts, answers, strict=True))
         path = trainer.output / "report.html"
-        write_atomic(path, render(trainer.recipe, _facts(trainer), samples))
+        own = "".join(hook.report(trainer) for hook in trainer.parts.hooks)
+        write_atomic(path, render(trainer.recipe, _facts(trainer), samples, own))
         _log.info("report: %s", path)
 
 
-def render(recipe: Recipe, facts: dict[str, str], samples: Sequence[tuple[str, str]] = ()) -> str:
-    """The page, from the run folder's metrics.jsonl. `facts`: label -> value, shown on top."""
+def render(
+    recipe: Recipe,
+    facts: dict[str, str],
+    samples: Sequence[tuple[str, str]] = (),
+    own: str = "",
+) -> str:
+    """The page, from the run folder's metrics.jsonl. `facts`: label -> value, shown on top; `own`:
+    HTML of the kind of training."""
     lines = list(read_metrics(recipe.run.output / FILE))
     steps = [line for line in lines if line["kind"] == "step"]
     evals = [line for line in lines if line["kind"] == "eval"]
@@ -77,6 +89,7 @@ def render(recipe: Recipe, facts: dict[str, str], samples: Sequence[tuple[str, s
         f"<p class=dim>{html.escape(subtitle)}</p>",
         _fact_row(facts),
         f"<div class=charts>{''.join(_charts(steps, evals))}</div>",
+        own,
         "<h2>Settings that differ from the defaults</h2>",
         _table(("key", "default", "value"), _setting_rows(recipe)),
     ]
@@ -124,10 +137,15 @@ def _charts(steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Iterabl
         ("tokens_per_s", "tokens/s"),
     ):
         yield draw(title, {key: _points(steps, key)})
+    for key in dict.fromkeys(name for line in (*steps, *evals) for name in line):
+        if key not in _COMMON:
+            raw = _points(steps, key)
+            lines = {"train (raw)": raw, "train": smoothed(raw)} if raw else {}
+            yield draw(key, lines | ({"held out": _points(evals, key)} if evals else {}))
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> Points:
-    return [(line["step"], line[key]) for line in lines]
+    return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _setting_rows(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -31,6 +31,8 @@ FREE = (
     "model.path",  # weights come from the checkpoint; but an adapter's or student's base does not
     "parallel.timeout_s",
 )
+# Kinds whose checkpoints are not all of the model, or that compare it with where it began.
+_APART = ("distill", "dpo", "kto")
 
 
 def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
@@ -61,8 +63,8 @@ def find_source(recipe: Recipe, resume: bool, mesh: Mesh) -> Path | None:
 
 def check_recipe(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
     """ConfigError naming the keys that may not differ from the saved recipe."""
-    found = changes(recipe, make_recipe(saved))
-    is_apart = recipe.adapter is not None or recipe.kind == "distill"  # from the base
+    found = changes(recipe, make_recipe(saved, type(recipe)))
+    is_apart = recipe.adapter is not None or recipe.kind in _APART  # from the base
     free = [key for key in FREE if key != "model.path" or not is_apart]
     free += ["longseq.*"] if recipe.longseq.auto else []
     bad = {k: v for k, v in found.items() if not any(fnmatch(k, pattern) for pattern in free)}

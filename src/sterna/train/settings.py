@@ -23,9 +23,9 @@ class Setting:
     meaning: str
 
 
-def all_settings() -> Iterator[Setting]:
+def all_settings(recipe: type[Recipe] = Recipe) -> Iterator[Setting]:
     """The settings of all sections, in the order of definition; a source's under data.sources[]."""
-    yield from _settings(Recipe, "")
+    yield from _settings(recipe, "")
 
 
 def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:

@@ -19,6 +19,7 @@ from sterna.parallel.fsdp import full
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
+from sterna.train.rowloss import RowLoss
 from sterna.train.step import Loss, cross_entropy
 from sterna.train.task import Weights, plain_form
 
@@ -38,7 +39,7 @@ class Sft:
             return load_hf(path, recipe.model.dtype, mesh.device)
         return plain_form(load_model(path, recipe.model.dtype, mesh.device).decoder, path)
 
-    def loss(self, recipe: Recipe) -> Loss:
+    def loss(self, recipe: Recipe) -> Loss | RowLoss:
         """Next-token cross entropy, smoothed and with z-loss where the recipe says so."""
         rows = recipe.longseq.head_rows or None
         return partial(cross_entropy, chunk_rows=rows, **recipe.loss.model_dump())

@@ -13,7 +13,7 @@ target adds zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ from sterna.parallel.shard_rows import shard_batch
 from sterna.train.gradients import Gradients
 from sterna.train.longseq.head import chunked_cross_entropy
 from sterna.train.neftune import Neftune
+from sterna.train.rowloss import RowLoss
 
 
 class TrainModel(Protocol):
@@ -52,6 +53,8 @@ class TrainModel(Protocol):
 
 # (model, batch, targets [T] int64) -> sum of the losses of this micro-batch's valid targets
 Loss = Callable[[Any, Batch, Tensor], Tensor]
+# A micro-batch's loss, and the sums of a RowLoss's figures.
+Sums = tuple[Tensor, Tensor | None]
 
 
 def cross_entropy(
@@ -85,10 +88,11 @@ def cross_entropy(
 class StepLoss:
     """The loss of one step over all ranks."""
 
-    loss: float  # mean over valid targets
+    loss: float  # mean over valid targets, or over what a RowLoss counts
     num_targets: int
     num_tokens: int
     bad_micro: int | None = None  # this rank's first micro-batch whose loss is not finite
+    figures: dict[str, float] = field(default_factory=dict)  # of a RowLoss
 
 
 class TrainStep:
@@ -99,7 +103,7 @@ class TrainStep:
         model: nn.Module,
         mesh: Mesh,
         micro_rows: int = 1,
-        loss: Loss = cross_entropy,
+        loss: Loss | RowLoss = cross_entropy,
         neftune: Neftune | None = None,
         is_sharded: bool = False,
     ) -> None:
@@ -121,39 +125,69 @@ class TrainStep:
                 f"none of the step's {num_tokens} tokens is trained; check data.train_on and that "
                 "the samples have answers"
             )
+        if isinstance(self._loss, RowLoss):
+            self._loss.prepare(self._model, rows, self._mesh)
         factor = self._mesh.data.size / num_targets
         micros = list(self._micros(rows))
         self.gradients.begin(len(micros))
         sums = [self._micro(micro, factor, step, i) for i, micro in enumerate(micros)]
         if not self._is_sharded:
             self.gradients.average(self._mesh.data)
-        return self._sum_up(torch.stack(sums), num_targets, num_tokens)
+        return self._sum_up(sums, num_targets, num_tokens)
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[PackedRow]) -> tuple[float, int]:
-        """(sum of the losses, number of valid targets) over all ranks, without gradients."""
-        num_targets, _ = (int(n) for n in self._counts(rows))
-        sums = [self._loss(self._model, *self._inputs(m)).double() for m in self._micros(rows)]
+    def evaluate(self, rows: Sequence[PackedRow]) -> StepLoss:
+        """The loss over all ranks, without gradients; 0 where nothing is counted."""
+        num_targets, num_tokens = (int(n) for n in self._counts(rows))
+        if isinstance(self._loss, RowLoss):
+            self._loss.prepare(self._model, rows, self._mesh)
+        sums = [self._detached(*self._losses(micro)) for micro in self._micros(rows)]
         release(self._model)
-        return float(total(torch.stack(sums).sum(), self._mesh.data)), num_targets
+        return self._sum_up(sums, num_targets, num_tokens)
 
-    def _micro(self, rows: Sequence[PackedRow], factor: float, step: int, micro: int) -> Tensor:
-        batch, targets = self._inputs(rows)
-        if self._neftune is not None:
-            self._neftune.arm(batch, step, micro, self._mesh.sp)
-        loss = self._loss(self._model, batch, targets)
+    def _micro(self, rows: Sequence[PackedRow], factor: float, step: int, micro: int) -> Sums:
+        loss, figures = self._losses(rows, (step, micro))
         torch.autograd.backward(loss * factor)
         self.gradients.add()
-        return loss.detach().double()
+        return self._detached(loss, figures)
 
-    def _sum_up(self, sums: Tensor, num_targets: int, num_tokens: int) -> StepLoss:
-        loss = float(total(sums.sum(), self._mesh.data)) / num_targets
-        bad = (~sums.isfinite()).nonzero().flatten().tolist()
-        return StepLoss(loss, num_targets, num_tokens, bad[0] if bad else None)
+    def _losses(
+        self, rows: Sequence[PackedRow], noise: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sum of a micro-batch's losses, and the figures' sums; `noise`: step and micro."""
+        if isinstance(self._loss, RowLoss):
+            return self._loss(self._model, rows)
+        batch, targets = self._inputs(rows)
+        if self._neftune is not None and noise is not None:
+            self._neftune.arm(batch, *noise, self._mesh.sp)
+        return self._loss(self._model, batch, targets), None
+
+    def _detached(self, loss: Tensor, figures: Tensor | None) -> Sums:
+        return loss.detach().double(), figures
+
+    def _sum_up(self, sums: Sequence[Sums], num_targets: int, num_tokens: int) -> StepLoss:
+        losses = torch.stack([loss for loss, _ in sums])
+        loss = float(total(losses.sum(), self._mesh.data)) / max(1, num_targets)
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        first = bad[0] if bad else None
+        return StepLoss(loss, num_targets, num_tokens, first, self._figures(sums))
+
+    def _figures(self, sums: Sequence[Sums]) -> dict[str, float]:
+        if not isinstance(self._loss, RowLoss):
+            return {}
+        parts = [figures for _, figures in sums if figures is not None]
+        table = total(torch.stack(parts).sum(0), self._mesh.data).tolist()
+        means = {
+            name: value / count
+            for name, (value, count) in zip(self._loss.names, table, strict=True)
+            if count
+        }
+        return self._loss.figures(means)
 
     def _counts(self, rows: Sequence[PackedRow]) -> Tensor:
         """[valid targets, tokens] over the ranks with different rows."""
-        own = [sum(row.num_targets for row in rows), sum(len(row.tokens) for row in rows)]
+        counted = self._loss.count if isinstance(self._loss, RowLoss) else _num_targets
+        own = [sum(map(counted, rows)), sum(len(row.tokens) for row in rows)]
         return total(torch.tensor(own, device=self._mesh.device), self._mesh.dp)
 
     def _micros(self, rows: Sequence[PackedRow]) -> Iterator[Sequence[PackedRow]]:
@@ -164,6 +198,10 @@ class TrainStep:
         """The micro-batch, or this sp rank's slice of it."""
         sp = self._mesh.sp
         return shard_batch(*as_batch(rows, self._mesh.device, sp.size), sp)
+
+
+def _num_targets(row: PackedRow) -> int:
+    return row.num_targets
 
 
 def as_batch(

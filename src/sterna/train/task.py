@@ -17,6 +17,7 @@ from sterna.model.decoder import Decoder
 from sterna.parallel.mesh import Mesh
 from sterna.train.config import Recipe
 from sterna.train.hooks import Hook
+from sterna.train.rowloss import RowLoss
 from sterna.train.step import Loss
 
 
@@ -53,8 +54,8 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, recipe: Recipe) -> Loss:
-        """The sum of a micro-batch's losses over its valid targets."""
+    def loss(self, recipe: Recipe) -> Loss | RowLoss:
+        """The sum of a micro-batch's losses over its valid targets. Called once, after `build`."""
         ...
 
     def weights(self, model: nn.Module) -> Weights:

@@ -16,7 +16,9 @@ from sterna.train.recipe import flatten
 if TYPE_CHECKING:
     from sterna.train.trainer import Trainer
 
-_EVAL = "eval/loss"
+
+def _eval_figures(stats: EvalStats, prefix: str) -> dict[str, float]:
+    return {prefix + name: value for name, value in {"loss": stats.loss, **stats.figures}.items()}
 
 
 def _import(module: str, package: str, setting: str) -> Any:
@@ -53,8 +55,9 @@ class TensorBoard(Hook):
             self._writer.add_scalar(f"train/{name}", value, stats.step)
 
     def on_eval(self, trainer: Trainer, stats: EvalStats) -> None:
-        """The eval loss."""
-        self._writer.add_scalar(_EVAL, stats.loss, stats.step)
+        """The eval loss and figures."""
+        for name, value in _eval_figures(stats, "eval/").items():
+            self._writer.add_scalar(name, value, stats.step)
 
     def close(self) -> None:
         """Flush."""
@@ -80,8 +83,8 @@ class MLflow(Hook):
         self._mlflow.log_metrics(step_figures(trainer, stats), step=stats.step)
 
     def on_eval(self, trainer: Trainer, stats: EvalStats) -> None:
-        """The eval loss."""
-        self._mlflow.log_metrics({"eval_loss": stats.loss}, step=stats.step)
+        """The eval loss and figures."""
+        self._mlflow.log_metrics(_eval_figures(stats, "eval_"), step=stats.step)
 
     def close(self) -> None:
         """End the run."""
@@ -111,8 +114,8 @@ class Wandb(Hook):
         self._run.log(step_figures(trainer, stats), step=stats.step)
 
     def on_eval(self, trainer: Trainer, stats: EvalStats) -> None:
-        """The eval loss."""
-        self._run.log({_EVAL: stats.loss}, step=stats.step)
+        """The eval loss and figures."""
+        self._run.log(_eval_figures(stats, "eval/"), step=stats.step)
 
     def close(self) -> None:
         """End the run."""

@@ -141,6 +141,7 @@ class Trainer:
             seconds=seconds,
             data_seconds=self._data_seconds,
             model_flops=self.parts.flops.of(self._rows) * self.mesh.dp.size,
+            figures=loss.figures,
         )
         for hook in self.parts.hooks:
             hook.after_step(self, self.last)
@@ -165,15 +166,17 @@ class Trainer:
             return None
         started, counters = time.perf_counter(), self.counters
         with self.parts.ema.in_place() if self.parts.ema is not None else nullcontext():
-            loss_sum, num_targets = self.parts.step.evaluate(self.parts.eval_rows)
-        loss = loss_sum / max(1, num_targets)
+            found = self.parts.step.evaluate(self.parts.eval_rows)
+        loss = found.loss
         least = counters.best_loss
         is_best = least is None or loss < least - self.recipe.eval.min_delta
         if is_best:
             counters.best_loss, counters.best_step = loss, counters.step
         counters.evals_since_best = 0 if is_best else counters.evals_since_best + 1
         seconds = time.perf_counter() - started
-        self.last_eval = EvalStats(counters.step, loss, num_targets, seconds, is_best)
+        self.last_eval = EvalStats(
+            counters.step, loss, found.num_targets, seconds, is_best, found.figures
+        )
         for hook in self.parts.hooks:
             hook.on_eval(self, self.last_eval)
         return self.last_eval

@@ -200,8 +200,7 @@ def _procedures(
     loss_of = partial(_chunked_loss, chunk_rows=trial.chunked_head, **trial.loss)
     step = TrainStep(model, mesh, loss=loss_of, is_sharded=is_cut)
     packed = [_packed(*row) for row in rows]
-    loss, count = step.evaluate(packed)
-    return loss / count, lambda: step.run(packed).loss
+    return step.evaluate(packed).loss, lambda: step.run(packed).loss
 
 
 def _packed(batch: Batch, targets: Tensor) -> PackedRow:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from sterna.align.offline.config import OfflineRecipe
 from sterna.cli.main import run
-from sterna.train.recipe import to_toml
+from sterna.train.recipe import make_recipe, to_toml
 
 _TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 
@@ -68,3 +70,27 @@ def test_mistakes_are_one_line(recipe_file, capsys, arguments, message):
     assert run(["train", *(recipe_file if a == "RECIPE" else a for a in arguments)]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_kinds_that_compare_answers_run_here_too(tiny, tmp_path, capsys):
+    tiny.recipe(tmp_path)  # the model
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "NO"} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "kind": "dpo", "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "data": {"sources": [{"path": str(tmp_path / "pairs.jsonl")}], "seq_len": 128},
+        "preference": {"beta": 0.5}, "run": {"steps": 2, "output": str(tmp_path / "dpo")},
+        "log": {"tensorboard": False, "report": False, "peak_tflops": 0.1},
+    }  # fmt: skip
+    path = tmp_path / "dpo.toml"
+    path.write_text(to_toml(make_recipe(values, OfflineRecipe)))
+    assert run(["train", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "preference.beta" in captured.err and "sterna chat" in captured.out
+    other = ["--kind=reward", f"--run.output={tmp_path / 'rm'}"]
+    assert run(["train", str(path), *other]) == 0
+    assert "sterna chat" not in capsys.readouterr().out  # a reward model answers nothing
+    assert run(["train", str(path), "--verify"]) != 0
+    assert "no kind = dpo" in capsys.readouterr().err
+    assert run(["train", str(path), "--preference.betta=1"]) != 0
+    assert "preference.beta" in capsys.readouterr().err

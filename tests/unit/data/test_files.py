@@ -151,8 +151,8 @@ def test_arrow_nulls_that_were_never_written_are_dropped(tmp_path):
         ("a.arrow", b"ARROW1 no", "no Arrow file"),
         ("a.safetensors", b"\xff" * 9, "no token shard"),
         ("a.bin", b"\x00\x01", "of no known kind"),
-        ("a.json", b'{"a": 1}', "written as lines"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "zstd to be unpacked"),
+        ("a.json", b'{"a": 1}', "a list of objects is needed"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "zstd has to be unpacked"),
     ],
 )
 def test_bad_files_name_themselves(tmp_path, name, content, reason):

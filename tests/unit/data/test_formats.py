@@ -37,8 +37,6 @@ def test_detection_by_mapped_fields_and_refusals():
     )
     with pytest.raises(RowError, match=r"keys a, q fit no format .*`fields`"):
         detect_format([{"q": 1, "a": 2}], {})
-    with pytest.raises(RowError, match="preference rows"):
-        detect_format([{"chosen": 1, "rejected": 2}], {})
     with pytest.raises(RowError, match="no row"):
         detect_format([], {})
     with pytest.raises(RowError):  # the second row has other keys

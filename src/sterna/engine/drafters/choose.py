@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sterna.core.errors import ConfigError
+from sterna.core.log import get_logger
 from sterna.core.lookup import unknown
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.base import Drafter
@@ -14,6 +15,8 @@ from sterna.engine.drafters.ngram import NgramDrafter
 from sterna.engine.drafters.suffix import SuffixDrafter
 from sterna.model.decoder import Decoder
 from sterna.text.tokenizer import Tokenizer
+
+log = get_logger(__name__)
 
 OFF, AUTO = "off", "auto"
 NAMES = ("suffix", "ngram", "model", "learned")
@@ -55,6 +58,10 @@ def build_drafters(
     speculator that cannot be loaded.
     """
     built: list[Drafter] = []
+    if config.speculator and config.speculation == OFF:
+        log.warning("speculator has no effect while speculation is off; add speculation=auto")
+    if config.speculator_learns and not config.speculator:
+        log.warning("speculator_learns has no effect without a speculator")
     for name in drafter_names(config):
         if name == "suffix":
             path = Path(config.draft_cache) if config.draft_cache else None
