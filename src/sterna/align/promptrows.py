@@ -10,7 +10,7 @@ from sterna.align.config import PromptSection
 from sterna.align.tasks.base import Part, PromptRow
 from sterna.core.errors import DataError, RowError
 from sterna.data.config import FIELDS, DataConfig
-from sterna.data.fields import Conversation, Labelled, Pair, Plain, Prompt, Row
+from sterna.data.fields import Conversation, Labelled, Pair, Plain, Prompt, Row, Sample
 from sterna.data.formats import read_row
 from sterna.data.lines import JsonLines
 from sterna.data.mix import Mixer
@@ -122,30 +122,30 @@ def _columns(row: Row, format: str, fields: Mapping[str, str]) -> dict[str, Any]
     return {key: value for key, value in row.items() if key not in own}
 
 
-def _prompt_of(sample: Any, columns: Mapping[str, Any]) -> PromptRow:
+def _prompt_of(sample: Sample, columns: Mapping[str, Any]) -> PromptRow:
     """What the model is asked, without the answer. RowError where nothing is."""
     match sample:
         case Pair():
             return _prompt_of(sample.chosen, columns)
         case Labelled():
             return _prompt_of(sample.answer, columns)
-        case Prompt(asked=Plain()):
-            return PromptRow(sample.asked.prompt, columns, is_plain=True)
         case Prompt():
-            return PromptRow(sample.asked.messages, columns, sample.asked.tools)
+            asked = sample.asked
+            if isinstance(asked, Plain):
+                return PromptRow(asked.prompt, columns, is_plain=True)
+            return PromptRow(asked.messages, columns, asked.tools)
         case Plain():
             if not sample.prompt:
                 raise RowError("is a text without a prompt, and nothing can be asked of it")
             return PromptRow(sample.prompt, columns, is_plain=True)
-    asked = _before_answer(sample)
-    return PromptRow([{k: v for k, v in m.items() if k != "train"} for m in asked], columns,
-                     sample.tools)  # fmt: skip
+    messages = [{k: v for k, v in m.items() if k != "train"} for m in _before_answer(sample)]
+    return PromptRow(messages, columns, sample.tools)
 
 
 def _before_answer(sample: Conversation) -> Sequence[dict[str, Any]]:
-    """The messages before the last run of an assistant's and tools' messages."""
+    """The messages up to the last one of the user."""
     end = len(sample.messages)
-    while end and sample.messages[end - 1].get("role") not in ("user",):
+    while end and sample.messages[end - 1].get("role") != "user":
         end -= 1
     if not end:
         raise RowError("no message has the role user, so nothing can be asked of it")
