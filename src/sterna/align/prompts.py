@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,12 @@ class Prompt:
     row: Mapping[str, Any]
 
 
+def renders_chat(settings: PromptSection, tokenizer: Tokenizer) -> bool:
+    """Whether text prompts go through the chat template."""
+    has_template = tokenizer.chat_template is not None
+    return settings.render == "chat" or (settings.render == "auto" and has_template)
+
+
 class PromptStream:
     """Endless prompts of files or a task. `position` is all its state."""
 
@@ -43,11 +49,13 @@ class PromptStream:
         tokenizer: Tokenizer,
         task: Task | None,
         part: Part = "train",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """DataError for files without rows."""
+        """`tools` are told of in rendered prompts. DataError for files without rows."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer)
+        self._tools = tools
         self._row = _rows(settings, tokenizer, task, part)
         self.position = 0
         self.num_too_long = 0
@@ -102,18 +110,17 @@ class PromptStream:
         settings, prompt = self._settings, row.prompt
         if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
             return "", False
-        is_chat = settings.render == "chat" or (
-            settings.render == "auto" and self._tokenizer.chat_template is not None
-        )
-        if isinstance(prompt, str) and (row.is_plain or not is_chat):
+        if isinstance(prompt, str) and (
+            row.is_plain or not renders_chat(settings, self._tokenizer)
+        ):
             return prompt, True
         messages: list[Any] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         )
         if settings.system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": settings.system}, *messages]
-        kwargs = settings.template_kwargs
-        return self._renderer.render(messages, row.tools, **kwargs), False
+        tools = self._tools or row.tools
+        return self._renderer.render(messages, tools, **settings.template_kwargs), False
 
 
 def _rows(
