@@ -84,7 +84,10 @@ def build(
     start = source or base
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    hybrid = HybridEngine(policy, tokenizer, _engine_config(recipe), recipe.rollout.weights)
+    rollout = recipe.rollout
+    hybrid = HybridEngine(
+        policy, tokenizer, _engine_config(recipe), rollout.weights, rollout.speculation
+    )
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     weights = trained(policy)
