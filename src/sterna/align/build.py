@@ -70,11 +70,17 @@ def build(
     resume: bool = False,
     rewards: Sequence[Reward] = (),
     hooks: Sequence[RlHook] = (),
+    at: Path | None = None,
 ) -> RlTrainer:
-    """Everything `align_rl` needs, ready to start. Errors as `align_rl`."""
+    """Everything `align_rl` needs, ready to start. Errors as `align_rl`.
+
+    `at`: a checkpoint to go on from, not the newest; the run's folder is then left as it is.
+    """
     check_device(recipe.model.device)
     set_threads(recipe.run.threads)
-    source = _source(recipe, resume)
+    source = at or _source(recipe, resume)
+    if source is not None:
+        _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
     device = torch.device(recipe.model.device)
     base = resolve_model(recipe.model.path)
@@ -83,7 +89,8 @@ def build(
     )
     start = source or base
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
-    write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    if at is None:
+        write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     rollout = recipe.rollout
     hybrid = HybridEngine(
         policy, tokenizer, _engine_config(recipe), rollout.weights, rollout.speculation
@@ -111,7 +118,7 @@ def build(
 
 
 def _source(recipe: RlRecipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from. ConfigError for a used folder or a changed recipe."""
+    """The checkpoint to go on from. ConfigError for a used folder."""
     folder = recipe.run.output / "checkpoints"
     checkpoint.remove_leftovers(folder)
     newest = checkpoint.newest(folder)
@@ -123,7 +130,12 @@ def _source(recipe: RlRecipe, resume: bool) -> Path | None:
                 param="run.output",
             )
         return None
-    saved = RlRecipe.model_validate(checkpoint.read_meta(newest)["recipe"])
+    return newest
+
+
+def _check_recipe(recipe: RlRecipe, folder: Path) -> None:
+    """ConfigError naming the keys that may not differ from the checkpoint's."""
+    saved = RlRecipe.model_validate(checkpoint.read_meta(folder)["recipe"])
     bad = {
         key: values
         for key, values in changed(saved, recipe).items()
@@ -132,10 +144,9 @@ def _source(recipe: RlRecipe, resume: bool) -> Path | None:
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())
         raise ConfigError(
-            f"the recipe differs from that of {newest}: {named}. Only {', '.join(FREE)} may "
+            f"the recipe differs from that of {folder}: {named}. Only {', '.join(FREE)} may "
             "change; restore it, or start a new run with model.path = that checkpoint"
         )
-    return newest
 
 
 def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:

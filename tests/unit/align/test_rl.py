@@ -104,25 +104,25 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
 
 def test_a_dumped_step_replays_to_the_same_gradient(tmp_path):
     settings = {"algorithm": KINDS["ppo"], "run": {"dump": True}}
-    align_rl(recipe(tmp_path, **settings), rewards=[Low()], hooks=[Stop(1)])
-    align_rl(
-        recipe(
-            tmp_path,
-            **settings,
-        ),
-        rewards=[Low()],
-        hooks=[Stop(2)],
-        resume=True,
-    )
+    align_rl(recipe(tmp_path, **settings), rewards=[Low()])
     dump = tmp_path / "run" / "rollouts" / "step-00000002.safetensors"
     experience, figures = read_dump(dump)
     assert len(experience.rollouts) == 16
-    import shutil
-
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     found = replay(recipe(tmp_path, **settings), dump)
     assert found.is_identical
     assert found.then["grad_norm"] == figures["grad_norm"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_step_without_the_checkpoint_before_it_is_not_replayed(tmp_path):
+    settings = {"run": {"dump": True}, "checkpoint": {"every": 3}}
+    align_rl(recipe(tmp_path, **settings), rewards=[Low()])
+    with pytest.raises(TrainError, match=r"step-00000001 .*complete: step-00000003"):
+        replay(
+            recipe(tmp_path, **settings),
+            tmp_path / "run" / "rollouts" / "step-00000002.safetensors",
+        )
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path):
