@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from sterna.align.auditor import Auditor
 from sterna.align.config import RewardSection, RlRecipe
 from sterna.align.critic import check_tokenizer, load_critic
+from sterna.align.draw import make_draw, make_toolbox, speaks_chat
 from sterna.align.experience import Models
 from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
@@ -49,6 +51,7 @@ from sterna.train.recipe import to_toml
 from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
+Schemas = Sequence[Mapping[str, Any]] | None
 # What a resumed run may change: how long, where to, and what changes no bit of it.
 FREE = (
     "run.steps",
@@ -97,17 +100,20 @@ def build(
     )
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
+    toolbox = make_toolbox(recipe)
+    told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
     return RlTrainer(
         RlParts(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
+            draw=make_draw(recipe, hybrid, tokenizer, toolbox),
             models=_models(recipe, policy, hybrid, learner, base, device),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            prompts=PromptStream(recipe.prompts, tokenizer, task),
-            eval_prompts=_eval_prompts(recipe, tokenizer, task),
+            prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
+            eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
             rewards=_rewards(recipe, rewards, task, tokenizer),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks),
@@ -274,8 +280,12 @@ def _values(
     return torch.cat(found) if found else torch.zeros(0)
 
 
-def _eval_prompts(recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None) -> PromptStream | None:
-    return PromptStream(recipe.prompts, tokenizer, task, "eval") if recipe.eval.every else None
+def _eval_prompts(
+    recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None, told: Schemas
+) -> PromptStream | None:
+    if not recipe.eval.every:
+        return None
+    return PromptStream(recipe.prompts, tokenizer, task, "eval", told)
 
 
 class _Named:

@@ -72,6 +72,19 @@ class RolloutSection(Section):
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
     )
+    tools: tuple[str, ...] = Field(
+        default=(), description="Python functions that the policy may call, file.py:name each"
+    )
+    max_turns: int = Field(
+        default=4, gt=0, description="turns of a completion with tools; max_tokens counts them "
+        "all, the tools' answers included",
+    )  # fmt: skip
+    tool_protocol: Literal["auto", "chat", "plain"] = Field(
+        default="auto", description="chat = the template's own calls; plain = <call>name text"
+        "</call>; auto = chat where prompts go through a chat template",
+    )  # fmt: skip
+    tool_timeout_s: float = Field(default=10.0, gt=0, description="of one call")
+    tool_tokens: int = Field(default=128, gt=0, description="longest answer of one call")
 
 
 class AlgorithmSection(Section):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,12 @@ class HybridEngine:
         return self._engine
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence: prompt and completion."""
+        limits = self._engine.limits
+        return min(limits.max_model_len, limits.max_pool_tokens)
+
+    @property
     def is_exact(self) -> bool:
         """Whether rollouts read the trainer's own weights."""
         return self._served is self._policy
@@ -133,14 +139,19 @@ class HybridEngine:
         group_size: int,
         sampling: Sampling,
         seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """`group_size` completions of each prompt, ordered by prompt, then sample.
 
         `seeds`: one a prompt; the same prompt, seed and weights give the same tokens whatever runs
-        beside them. Raises RequestError for a prompt that does not fit, StepError when a forward
-        failed.
+        beside them. `limits`: max_tokens of each prompt, where they differ. Raises RequestError
+        for a prompt that does not fit, StepError when a forward failed.
         """
-        params = [_params(sampling, group_size, seed) for seed in seeds]
+        room = limits or [sampling.max_tokens] * len(seeds)
+        params = [
+            _params(replace(sampling, max_tokens=most), group_size, seed)
+            for most, seed in zip(room, seeds, strict=True)
+        ]
         requests = [
             EngineRequest(
                 request_id=f"rollout-{next(self._ids)}",

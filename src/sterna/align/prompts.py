@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ class Prompt:
     row: Mapping[str, Any]
 
 
+def renders_chat(settings: PromptSection, tokenizer: Tokenizer) -> bool:
+    """Whether text prompts go through the chat template."""
+    has_template = tokenizer.chat_template is not None
+    return settings.render == "chat" or (settings.render == "auto" and has_template)
+
+
 class PromptStream:
     """Endless prompts of a file or a task. `position` is all its state."""
 
@@ -43,13 +49,15 @@ class PromptStream:
         tokenizer: Tokenizer,
         task: Task | None,
         part: Part = "train",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """DataError for a file without rows."""
+        """`tools` are told of in rendered prompts. DataError for a file without rows."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer)
         self._task = task
         self._part = part
+        self._tools = tools
         self._table = None if task is not None else JsonLines(Path(settings.path))
         self.position = 0
         self.num_too_long = 0
@@ -116,14 +124,11 @@ class PromptStream:
         settings, prompt = self._settings, row.prompt
         if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
             return "", False
-        is_chat = settings.render == "chat" or (
-            settings.render == "auto" and self._tokenizer.chat_template is not None
-        )
-        if isinstance(prompt, str) and not is_chat:
+        if isinstance(prompt, str) and not renders_chat(settings, self._tokenizer):
             return prompt, True
         messages: list[Any] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         )
         if settings.system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": settings.system}, *messages]
-        return self._renderer.render(messages, None), False
+        return self._renderer.render(messages, self._tools), False
