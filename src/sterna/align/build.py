@@ -89,7 +89,10 @@ def build(
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     if at is None:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    hybrid = HybridEngine(policy, tokenizer, engine_config(recipe), recipe.rollout.weights)
+    rollout = recipe.rollout
+    hybrid = HybridEngine(
+        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
+    )
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)

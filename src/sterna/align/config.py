@@ -87,7 +87,9 @@ class RolloutSection(Section):
         "after each step, its mismatch corrected",
     )
     speculation: bool = Field(
-        default=False, description="guess tokens ahead (siblings share a suffix tree); same tokens"
+        default=False,
+        description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
+        "as many as measured steps say will pay",
     )
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
