@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sterna.core.machine import fingerprint, num_usable_cpus
-from sterna.kernels import cpu_calls, reference
+from sterna.kernels import cpu_calls, cpu_draft_calls, reference
 from sterna.kernels.cpu_backend import CpuBackend
 
 SHAPES = {"qkv": (576, 960), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -167,6 +167,24 @@ def row_op_rows(backend: CpuBackend, gbs: float) -> list[Row]:
             label = f"{name} 576 bf16 rows {rows}"
             found.append(report(label, seconds, 0.0, size, size / gbs / 1e9))
         found.append(bulk_store_row(backend, gbs, rows))
+    return found + draft_op_rows(backend, gbs)
+
+
+def draft_op_rows(backend: CpuBackend, gbs: float) -> list[Row]:
+    """A speculator's own ops: an lstm cell of width 576, the largest of 6,144 logits."""
+    found = []
+    for rows in (1, 8):
+        z, cell = torch.randn(rows, 4 * 576).bfloat16(), torch.randn(rows, 576).bfloat16()
+        norms = [torch.ones(576).bfloat16() for _ in range(4)]
+        logits = torch.randn(rows, 6144)
+        for name, size, call in (
+            ("draft_cell lstm 576 bf16", 14.0 * rows * 576,
+             lambda: cpu_draft_calls.draft_cell(backend.eager, z, cell, *norms, 1e-6)),  # noqa: B023
+            ("pick 6144", 4.0 * logits.numel(),
+             lambda: cpu_draft_calls.pick(backend.eager, logits, None)),  # noqa: B023
+        ):  # fmt: skip
+            seconds = clock(call, 20)
+            found.append(report(f"{name} rows {rows}", seconds, 0.0, size, size / gbs / 1e9))
     return found
 
 

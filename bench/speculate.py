@@ -29,8 +29,10 @@ from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.engine import Engine
-from sterna.engine.request import EngineRequest, SamplingParams, StepStats
+from sterna.engine.request import DraftResult, EngineRequest, SamplingParams, StepStats
 from sterna.engine.speculate import Speculator
+from sterna.model.decoder import Decoder
+from sterna.model.speculator_file import read_speculator_config
 from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,7 @@ class Run:
     num_accepted: int
     num_drafts: int
     num_steps: int
+    by_source: dict[str, tuple[int, int, int]]  # drafts, their tokens, those accepted
 
     @property
     def speed(self) -> float:
@@ -69,6 +72,7 @@ def main() -> None:
         weights=args.weights,
         speculation=args.drafters,
         draft_model=args.draft_model,
+        speculator=args.speculator,
         num_draft_tokens=args.draft_tokens,
     )
     engine = build_engine(args.model, config)
@@ -102,7 +106,9 @@ def _compare(
     for is_on in (False, True):
         speculator = engine.speculator
         assert speculator is not None, "built with drafters"
-        drafters = build_drafters(engine.config, engine.tokenizer, "bench")
+        decoder = engine.runner.decoder
+        assert isinstance(decoder, Decoder), "loaded by build_engine"
+        drafters = build_drafters(engine.config, engine.tokenizer, decoder, "bench")
         fresh = Speculator(drafters, engine.config, speculator.cost)
         speculator.drafters, speculator.trust = fresh.drafters, fresh.trust
         speculator.guard = fresh.guard
@@ -154,8 +160,18 @@ def _run(
         num_accepted=sum(d.num_accepted for d in drafts),
         num_drafts=len(drafts),
         num_steps=len(steps),
+        by_source=_by_source(drafts),
     )
     return run, found
+
+
+def _by_source(drafts: list[DraftResult]) -> dict[str, tuple[int, int, int]]:
+    found: dict[str, tuple[int, int, int]] = {}
+    for draft in drafts:
+        num, tokens, accepted = found.get(draft.source, (0, 0, 0))
+        counts = (num + 1, tokens + draft.num_tokens, accepted + draft.num_accepted)
+        found[draft.source] = counts
+    return found
 
 
 def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, object]]:
@@ -178,6 +194,8 @@ def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, objec
             "accepted_a_draft": one.num_accepted / max(one.num_drafts, 1),
             "accepted_share": one.num_accepted / max(one.num_drafted, 1),
             "accepted_of_output": one.num_accepted / one.num_tokens,
+            "tokens_a_decode_step": one.num_tokens / one.num_steps,
+            "by_source": one.by_source,
             "runs": [asdict(run) for run in (*plain, *spec)],
         })  # fmt: skip
     return rows
@@ -185,7 +203,7 @@ def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, objec
 
 def _show(rows: list[dict[str, object]]) -> None:
     table = Table(title="tokens/s, plain against speculating")
-    names = [name for name in rows[0] if name != "runs"]
+    names = [name for name in rows[0] if name not in ("runs", "by_source")]
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
@@ -201,9 +219,18 @@ def _write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     stamp = datetime.now().strftime("%Y-%m-%dT%H%M%S")
     path = ROOT / "bench" / "results" / f"speculate-{stamp}.json"
     settings = {k: str(v) for k, v in vars(args).items() if k != "questions"}
+    settings["speculator"] = _kind_of(args.speculator)
     data = {"machine": fingerprint().line(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(data, indent=1) + "\n")
     console.print(f"written: {path.relative_to(ROOT)}")
+
+
+def _kind_of(folder: str | None) -> str:
+    """What a speculator is, without where it lies."""
+    if folder is None:
+        return "none"
+    config = read_speculator_config(Path(folder) / "config.json")
+    return f"{config.cell}, {config.num_drafts} drafts, {config.num_outputs} draft tokens"
 
 
 def _arguments() -> argparse.Namespace:
@@ -215,6 +242,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", default="edit,agent,rag,json,chat")
     parser.add_argument("--drafters", default="suffix")
     parser.add_argument("--draft-model", default=None)
+    parser.add_argument("--speculator", default=None)
     parser.add_argument("--draft-tokens", type=int, default=32)
     parser.add_argument("--questions", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=160)

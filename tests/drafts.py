@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sterna.engine import speculate
+from sterna.engine import draft_rows
 from sterna.engine.drafters.base import Draft
 
 KINDS = ("right", "wrong", "mixed", "short")
@@ -69,5 +69,5 @@ class FreeRows:
 
 def always_draft(engine, monkeypatch):
     """Verify whatever is proposed, however unlikely."""
-    monkeypatch.setattr(speculate, "MIN_GAIN", 0.0)
+    monkeypatch.setattr(draft_rows, "MIN_GAIN", 0.0)
     engine.speculator.cost = FreeRows()

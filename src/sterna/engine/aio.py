@@ -24,6 +24,7 @@ from sterna.core.errors import (
     SternaError,
 )
 from sterna.core.log import get_logger
+from sterna.engine.drafters.learner import LearnStats
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, RequestOutput, StepStats
 from sterna.engine.stats import RetrySlots
@@ -169,6 +170,11 @@ class AsyncEngine:
             num_waiting=self.engine.num_waiting + self._num_added - self._num_taken,
             kv_usage=1 - pool.num_free / pool.num_usable,
         )
+
+    def learning(self) -> LearnStats | None:
+        """How the speculator learns from what is served; None when it does not."""
+        learner = self.engine.learner
+        return None if learner is None else learner.stats
 
     async def subscribe(self) -> AsyncIterator[StepStats]:
         """Every step from now on. A subscriber that lags loses the oldest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
+from sterna.engine.drafters.base import Drafter
 from sterna.engine.drafters.choose import build_drafters
+from sterna.engine.drafters.learned import LearnedDrafter
 from sterna.engine.engine import Engine
 from sterna.engine.memory import engine_shape
 from sterna.engine.stepcost import StepCost, load_cost, measure_cost, save_cost
@@ -58,13 +61,24 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
     key = _curve_key(path, dtype, weights_of(model, config), config)
-    drafters = build_drafters(config, tokenizer, f"{path.resolve()} {shape.vocab_size}")
+    drafters = build_drafters(config, tokenizer, decoder, f"{path.resolve()} {shape.vocab_size}")
     engine = Engine(decoder, tokenizer, config, shape, grammars, drafters)
+    start_learning(engine, drafters)
     if config.token_budget is None:
         tune_budget(engine, key)
     if engine.speculator is not None:
         engine.speculator.cost = tune_cost(engine, key)
     return engine
+
+
+def start_learning(engine: Engine, drafters: Sequence[Drafter]) -> None:
+    """Let the learned drafter's head learn from what the engine serves, where that is asked for."""
+    learner = next((d.learner for d in drafters if isinstance(d, LearnedDrafter)), None)
+    if learner is not None:
+        engine.learner = learner
+        engine.on_step.append(learner.note_step)
+        engine.on_close.append(learner.close)
+        learner.start()
 
 
 def weights_of(model: str, config: EngineConfig) -> str:

@@ -36,7 +36,7 @@ class CapturedForward:
             raise KernelError("only the C++ kernels replay recorded steps")
         self._tape: StepTape[Batch] = StepTape(
             backend,
-            lambda batch: model.logits(model.hidden(batch)),
+            lambda batch: model.logits(self._keep_hidden(model.hidden(batch))),
             widest,
             (widest.tokens, widest.positions),
             (widest.output_rows,),
@@ -46,6 +46,11 @@ class CapturedForward:
         """Float32 logits [num_rows, V]; valid until the next call."""
         self._tape.replay(num_tokens, num_rows, num_seqs)
         return self._tape.output[:num_rows]
+
+    def _keep_hidden(self, hidden: Tensor) -> Tensor:
+        """While it lives its buffer is nobody else's: `hidden` [max rows, D] of the last step."""
+        self.hidden = hidden
+        return hidden
 
     def profile(self, num_tokens: int, num_rows: int, num_seqs: int) -> list[tuple[str, float]]:
         """(kernel, seconds) of each call of one step."""

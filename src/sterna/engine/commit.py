@@ -31,8 +31,12 @@ class Listener(Protocol):
         """`seq` is about to get its first token."""
         ...
 
-    def extend(self, seq: Sequence, tokens: list[int], num_drafts: int) -> None:
-        """`seq` has gained `tokens`: accepted ones of `num_drafts` drafts, and one more."""
+    def extend(self, seq: Sequence, tokens: list[int], num_drafts: int, row: int) -> None:
+        """`seq` has gained `tokens`: accepted ones of `num_drafts` drafts, and one more.
+
+        The first of them was drawn from row `row` of the step's output rows, the next from the one
+        behind it.
+        """
         ...
 
 
@@ -140,7 +144,7 @@ class Committer:
             self._scheduler.tables.publish(seq)
             self._scheduler.tables.shrink(seq)
         if self._listener is not None:
-            self._listener.extend(seq, list(delta.token_ids), draw.num_drafts)
+            self._listener.extend(seq, list(delta.token_ids), draw.num_drafts, draw.row)
         self._outputs.add(seq.state, delta)
         if delta.finish_reason is not None:
             self._scheduler.finish(seq)

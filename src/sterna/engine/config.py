@@ -67,14 +67,26 @@ class EngineConfig(BaseModel):
     capture: bool = Field(True, description="replay recorded steps instead of re-interpreting")
     speculation: str = Field(
         "off",
-        description="guess tokens ahead and verify them, output unchanged: off, auto (suffix, and "
-        "model if there is a draft_model), or a list of suffix, ngram, model",
+        description="guess tokens ahead and verify them, output unchanged: off, auto (suffix, "
+        "model with a draft_model, learned with a speculator), or a list of suffix, ngram, model, "
+        "learned",
     )
     speculation_opt_in: bool = Field(
         False, description="only requests that ask for it (`speculation: true`) are guessed ahead"
     )
     draft_model: str | None = Field(
         None, description="small model of the same vocabulary that guesses for this one"
+    )
+    speculator: str | None = Field(
+        None, description="folder of a head trained to guess for this model (docs/distillation.md)"
+    )
+    speculator_learns: bool = Field(
+        False,
+        description="while idle, train a copy of the speculator on what was served; it is used "
+        "once it is right more often on rows kept aside",
+    )
+    speculator_rows: int = Field(
+        8192, ge=1024, description="rows of served text kept in memory to learn from"
     )
     draft_cache_bytes: int = Field(
         256 << 20, ge=0, description="memory for past outputs that guesses come from; 0 = none"

@@ -20,6 +20,7 @@ from sterna.engine.budget import least_budget
 from sterna.engine.commit import Committer
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.base import Drafter
+from sterna.engine.drafters.learner import Learner
 from sterna.engine.forward import as_request_error, choose_isolated, run_isolated
 from sterna.engine.kv import BlockPool
 from sterna.engine.memory import EngineShape, engine_shape, kv_dtype
@@ -90,6 +91,9 @@ class Engine:
         self.on_step: list[Callable[[StepStats], None]] = []
         # Called before each forward with its chunks; what a hook raises is a failed forward.
         self.on_forward: list[Callable[[Sequence[Chunk]], None]] = []
+        # Called by `close`.
+        self.on_close: list[Callable[[], None]] = []
+        self.learner: Learner | None = None  # refreshes the speculator; for its statistics
         self.step_idx = 0
         self.speed = SpeedMeter(START_SPEED)
         self._decoder = decoder
@@ -227,7 +231,9 @@ class Engine:
         self.scheduler.set_token_budget(token_budget, self.config.max_num_seqs, idle_budget)
 
     def close(self) -> None:
-        """End the threads that compile grammars. Requests in flight are lost: abort them first."""
+        """End the threads beside the engine. Requests in flight are lost: abort them first."""
+        for hook in self.on_close:
+            hook()
         if self._grammars is not None:
             self._grammars.shutdown()
 
@@ -249,6 +255,8 @@ class Engine:
         self._committer.advance(forward)
         self._committer.end_without_tokens([d for d in draws if not d.seq.state.max_output])
         draws = [draw for draw in draws if draw.seq.state.max_output]
+        if self.speculator is not None:
+            self.speculator.see(forward.logits.hidden)
         num_tokens = self._committer.append(draws, choose_isolated(forward.logits.values, draws))
         self._restart_tainted(forward.logits, draws)
         if self.speculator is not None:

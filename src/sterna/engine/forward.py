@@ -8,10 +8,12 @@ without their drafts: a guess must not fail a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sterna.core.errors import StepError, SternaError
 from sterna.core.log import get_logger
@@ -64,6 +66,7 @@ def _run_singly(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
     done: list[Chunk] = []
     failed: list[tuple[Chunk, SternaError]] = []
     values: list[NDArray[np.float32]] = []
+    hidden: list[Tensor] = []
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}
     for given in chunks:
         chunk = given.without_drafts()
@@ -75,9 +78,13 @@ def _run_singly(run: Run, chunks: tuple[Chunk, ...]) -> Forward:
         if part.prompt_logprobs:
             prompt_logprobs[len(done)] = part.prompt_logprobs[0]
         values.extend(part.values[row : row + 1].copy() for row in part.rows)
+        if part.hidden is not None:
+            hidden.extend(part.hidden[row : row + 1].clone() for row in part.rows)
         done.append(chunk)
     stacked = np.concatenate(values) if values else np.empty((0, 1), np.float32)
     logits = Logits(stacked, tuple(range(len(stacked))), prompt_logprobs)
+    if hidden:
+        logits = replace(logits, hidden=torch.cat(hidden))
     return Forward(tuple(done), logits, tuple(failed))
 
 

@@ -81,6 +81,8 @@ class Logits:
     rows: tuple[int, ...]
     # Of chunk c (by its place in the step): entries for prompt tokens start + 1 .. start + count.
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    # [R, D] the final hidden states behind `values`, row by row; valid until the next step.
+    hidden: Tensor | None = None
 
 
 class InputBuffers:
@@ -198,11 +200,13 @@ class Runner:
         if self.captured is not None:
             num_tokens = int(self.buffers.query_starts[len(chunks)])
             logits = self.captured(num_tokens, len(rows), len(chunks))
+            hidden = self.captured.hidden[: len(rows)]
         elif rows:
-            logits = self.forward(self._batch_of(chunks, len(rows)))
+            hidden = self.decoder.hidden(self._batch_of(chunks, len(rows)))
+            logits = self.decoder.logits(hidden)
         else:
             return self._run_without_logits(chunks)
-        return Logits(_as_numpy(logits), _first_rows(chunks))
+        return Logits(_as_numpy(logits), _first_rows(chunks), hidden=hidden)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -343,8 +347,9 @@ class Runner:
         if not last_rows:
             return Logits(np.empty((0, 1), np.float32), (), entries)
         index = torch.tensor([place[row] for row in last_rows], device=hidden.device)
-        values = _as_numpy(self.decoder.logits(hidden[index]))
-        return Logits(values, _first_rows(chunks), entries)
+        hidden = hidden[index]
+        values = _as_numpy(self.decoder.logits(hidden))
+        return Logits(values, _first_rows(chunks), entries, hidden)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> list[TokenLogprob]:
         """Row i of the chunk predicts prompt token start + i + 1; the last may predict none."""

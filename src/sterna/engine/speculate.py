@@ -20,9 +20,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from torch import Tensor
+
 from sterna.core.log import get_logger
+from sterna.engine.asking import Asking
 from sterna.engine.config import EngineConfig
-from sterna.engine.drafters.base import Draft, Drafter
+from sterna.engine.draft_rows import Batch
+from sterna.engine.drafters.base import Draft, Drafter, ReadsHidden
 from sterna.engine.request import DraftResult
 from sterna.engine.sequence import Sequence as EngineSequence
 from sterna.engine.stepcost import StepCost
@@ -36,8 +40,6 @@ log = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Rows are added only for this much more: estimates are no better.
-MIN_GAIN = 1.02
 # A drafter that raised so often is dropped.
 MAX_FAILURES = 8
 EMA = 0.05
@@ -88,10 +90,15 @@ class Speculator:
         self._pending: dict[EngineSequence, Draft] = {}
         self._excluded: set[EngineSequence] = set()
         self._results: list[DraftResult] = []
+        self._hidden: Tensor | None = None
+        self._asking: dict[str, Asking] = {}
+        self._asked_s = 0.0  # how long drafters took before this step
+        self._batch: Batch | None = None  # the last one that drafts were asked for
 
     def propose(self, scheduler: Scheduler) -> None:
         """Set `draft` of the running decodes for the next step."""
         self._pending.clear()
+        self._asked_s = 0.0
         decodes = [seq for seq in scheduler.running if seq.may_draft]
         seqs = [seq for seq in decodes if self._limit(seq) > 0]
         if not seqs or self.guard.is_paused():
@@ -103,8 +110,9 @@ class Speculator:
         if not batch.may_gain(len(seqs), self._config.num_draft_tokens):
             return
         started = time.perf_counter()
+        self._batch = batch
         drafts = self._best_drafts(seqs)
-        batch.overhead_s = time.perf_counter() - started
+        batch.overhead_s = self._asked_s = time.perf_counter() - started
         reach = {s: self.trust.reach(s, d.source, d.probs) for s, d in drafts.items()}
         lengths = batch.choose(reach, scheduler.max_drafts)
         for seq, draft in drafts.items():
@@ -119,12 +127,19 @@ class Speculator:
         for drafter in list(self.drafters):
             self._guarded(drafter, drafter.start, seq)
 
-    def extend(self, seq: EngineSequence, tokens: list[int], num_drafts: int) -> None:
+    def see(self, hidden: Tensor | None) -> None:
+        """The hidden states of a step's output rows, before its tokens are committed."""
+        self._hidden = hidden
+
+    def extend(self, seq: EngineSequence, tokens: list[int], num_drafts: int, row: int) -> None:
         """See commit.Listener."""
         draft = self._pending.pop(seq, None)
         if draft is not None and num_drafts:
             self._note_result(seq, draft, tokens, num_drafts)
         for drafter in list(self.drafters):
+            if isinstance(drafter, ReadsHidden) and self._hidden is not None:
+                states = self._hidden[row : row + len(tokens)]
+                self._guarded(drafter, drafter.observe, seq, states)
             self._guarded(drafter, drafter.extend, seq, tokens)
 
     def finish(self, seq: EngineSequence) -> None:
@@ -152,7 +167,7 @@ class Speculator:
         if step.num_draft_tokens:
             plain_s = self.cost.seconds(len(step.chunks), plain_keys)
             self.guard.note(num_tokens, len(step.chunks), seconds, plain_s)
-        self.cost.note(rows, keys, seconds)
+        self.cost.note(rows, keys, max(seconds - self._asked_s, 0.5 * seconds))
 
     def take_results(self) -> tuple[DraftResult, ...]:
         """Drafts verified since the last call."""
@@ -173,7 +188,8 @@ class Speculator:
         best: dict[EngineSequence, Draft] = {}
         scores: dict[EngineSequence, float] = {}
         for drafter in list(self.drafters):
-            drafts = self._guarded(drafter, drafter.propose, seqs, limits) or []
+            asked = self._limits_of(drafter, seqs, limits, scores)
+            drafts = self._ask(drafter, seqs, asked) if any(asked) else []
             for seq, limit, draft in zip(seqs, limits, drafts, strict=False):
                 if draft is None or not draft.tokens:
                     continue
@@ -183,12 +199,41 @@ class Speculator:
                     best[seq], scores[seq] = draft, score
         return best
 
+    def _limits_of(
+        self,
+        drafter: Drafter,
+        seqs: list[EngineSequence],
+        limits: list[int],
+        scores: dict[EngineSequence, float],
+    ) -> list[int]:
+        """0 for those that have more already than this drafter could give, all 0 in a pause."""
+        if not self._asking.setdefault(drafter.name, Asking()).is_due():
+            return [0] * len(seqs)
+        if not isinstance(drafter, ReadsHidden):
+            return limits
+        most = drafter.num_drafts
+        pairs = zip(seqs, limits, strict=True)
+        return [0 if scores.get(seq, 0.0) >= most else limit for seq, limit in pairs]
+
+    def _ask(
+        self, drafter: Drafter, seqs: list[EngineSequence], limits: list[int]
+    ) -> list[Draft | None]:
+        assert self._batch is not None, "set by propose"
+        started = time.perf_counter()
+        drafts = self._guarded(drafter, drafter.propose, seqs, limits) or []
+        seconds = time.perf_counter() - started
+        self._asking[drafter.name].note_ask(seconds, self._batch.plain_s)
+        return drafts
+
     def _note_result(
         self, seq: EngineSequence, draft: Draft, tokens: list[int], num_drafts: int
     ) -> None:
         hits = [a == b for a, b in zip(draft.tokens[:num_drafts], tokens, strict=False)]
         num_accepted = hits.index(False) if False in hits else len(hits)
         self.trust.note(seq, draft.source, draft.probs, hits[: num_accepted + 1])
+        if self._batch is not None:
+            gain = self._batch.gain_s(num_drafts, num_accepted)
+            self._asking.setdefault(draft.source, Asking()).note_gain(gain)
         self._results.append(DraftResult(draft.source, num_drafts, num_accepted))
 
     def _guarded(
@@ -207,48 +252,6 @@ class Speculator:
         if count >= MAX_FAILURES and drafter in self.drafters:
             self.drafters.remove(drafter)
             log.error("drafter %s failed %d times and is off", drafter.name, count)
-
-
-class Batch:
-    """The next step without drafts, and how many rows to add."""
-
-    def __init__(self, cost: StepCost, decodes: list[EngineSequence], num_others: int) -> None:
-        self._cost = cost
-        self._rows = len(decodes) + num_others
-        self._keys = sum(seq.num_computed for seq in decodes)
-        self._plain_rate = self._rows / cost.seconds(self._rows, self._keys)
-        self._mean_keys = self._keys // len(decodes)
-        self.overhead_s = 0.0
-
-    def may_gain(self, num_seqs: int, max_length: int) -> bool:
-        """Even a draft that is all right pays only where rows are cheap."""
-        length = 1
-        while length <= max_length:
-            rows = num_seqs * length
-            seconds = self._cost.seconds(self._rows + rows, self._keys + rows * self._mean_keys)
-            if (self._rows + rows) / seconds > MIN_GAIN * self._plain_rate:
-                return True
-            length *= 2
-        return False
-
-    def choose(
-        self, reach: dict[EngineSequence, list[float]], max_rows: int
-    ) -> dict[EngineSequence, int]:
-        """Length of each sequence's draft."""
-        order = [(-r, seq.order, seq) for seq, found in reach.items() for r in found]
-        order.sort(key=lambda item: item[:2])
-        best_rate, best_count = MIN_GAIN * self._plain_rate, 0
-        tokens, keys = float(self._rows), self._keys
-        for i, (minus_r, _, seq) in enumerate(order[:max_rows]):
-            tokens -= minus_r
-            keys += seq.num_computed
-            seconds = self._cost.seconds(self._rows + i + 1, keys) + self.overhead_s
-            if tokens / seconds > best_rate:
-                best_rate, best_count = tokens / seconds, i + 1
-        lengths: dict[EngineSequence, int] = {}
-        for _, _, seq in order[:best_count]:
-            lengths[seq] = lengths.get(seq, 0) + 1
-        return lengths
 
 
 def _trimmed(seq: EngineSequence, draft: Draft, limit: int) -> Draft:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
-from sterna.kernels import _cpu, cpu_calls, cpu_encoder_calls, cpu_quant_calls
+from sterna.kernels import _cpu, cpu_calls, cpu_draft_calls, cpu_encoder_calls, cpu_quant_calls
 from sterna.kernels.backend import use_backend
 from sterna.kernels.kv_codes import row_elems
 from sterna.kernels.optable import OPS, library
@@ -29,7 +29,12 @@ from sterna.kernels.tiles import TILE_ROWS, WIDTHS
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _PANEL = _cpu.PANEL
-_CALLS = cpu_calls.CALLS | cpu_quant_calls.QUANT_CALLS | cpu_encoder_calls.ENCODER_CALLS
+_CALLS = (
+    cpu_calls.CALLS
+    | cpu_quant_calls.QUANT_CALLS
+    | cpu_encoder_calls.ENCODER_CALLS
+    | cpu_draft_calls.DRAFT_CALLS
+)
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)
 # Ops that take plain weights in training, and whether those are gated. From this many rows on a
@@ -87,6 +92,16 @@ class CpuBackend:
             yield
         finally:
             del self._local.sink
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block, this thread runs its calls by itself, at once.
+
+        For threads of low priority: holding the pool, one of them would keep the engine waiting
+        for as long as the system puts it aside.
+        """
+        with self.sending_to(EagerSink(_cpu.Kernels(1, self.kernels.isa))):
+            yield
 
     @property
     def kernels(self) -> Any:

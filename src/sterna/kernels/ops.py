@@ -57,6 +57,8 @@ _rope_store: _Op = _sterna.rope_store.default
 _rope_queries: _Op = _sterna.rope_queries.default
 _store_kv: Callable[..., None] = _sterna.store_kv.default
 _paged_attention: _Op = _sterna.paged_attention.default
+_draft_cell: _Op = _sterna.draft_cell.default
+_pick: _Op = _sterna.pick.default
 
 
 def embed(tokens: Tensor, table: Tensor, hidden_size: int, scale: float = 1.0) -> Tensor:
@@ -425,6 +427,35 @@ def paged_attention(
         window,
         softcap,
     )
+
+
+def draft_cell(
+    z: Tensor,
+    cell: Tensor | None,
+    norm: Tensor,
+    norm_bias: Tensor,
+    cell_norm: Tensor | None,
+    cell_norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """One draft's state from its pre-activations (model/speculator.py); inference only.
+
+    mlp (no `cell_norm`): z [T, d] -> gelu(N(z)) [T, d], N(x) = x / sqrt(mean(x^2) + eps) * norm +
+    norm_bias. lstm: z [T, 4d] = f, i, o, fresh and the cell of the draft before [T, d], or None ->
+    [2T, d]: states, then cells: c = cell * sigmoid(f) + gelu(N_cell(fresh)) * sigmoid(i),
+    gelu(N(c)) * sigmoid(o). All in float32, rounded once at the outputs. gelu is erf's.
+    """
+    return _draft_cell(z, cell, norm, norm_bias, cell_norm, cell_norm_bias, eps)
+
+
+def pick(logits: Tensor, ids: Tensor | None) -> Tensor:
+    """float32 logits [T, V], ids [V] int32 -> int32 [2, T]; inference only.
+
+    Row 0: the token of the largest logit (the first of equals), ids[argmax]. Row 1: its softmax
+    probability as float32 bits (`.view(torch.float32)`). A row with NaN or an infinite maximum
+    gives the first token with probability 0.
+    """
+    return _pick(logits, ids)
 
 
 def new_kv_cache(

@@ -158,6 +158,14 @@ OPS: tuple[OpSpec, ...] = (
         reference.paged_attention,
         inference_only=True,
     ),
+    OpSpec(
+        "draft_cell",
+        "Tensor z, Tensor? cell, Tensor norm, Tensor norm_bias, Tensor? cell_norm, "
+        "Tensor? cell_norm_bias, float eps",
+        reference.draft_cell,
+        inference_only=True,
+    ),
+    OpSpec("pick", "Tensor logits, Tensor? ids", reference.pick, inference_only=True),
 )
 
 

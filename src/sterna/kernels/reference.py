@@ -291,6 +291,39 @@ def _cache_rows(cache: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
     return plain.view(cache.shape[0], 2, num_kv_heads, block_size, -1)
 
 
+def draft_cell(
+    z: Tensor,
+    cell: Tensor | None,
+    norm: Tensor,
+    norm_bias: Tensor,
+    cell_norm: Tensor | None,
+    cell_norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    if cell_norm is None or cell_norm_bias is None:
+        return F.gelu(_shifted_norm(wide(z), norm, norm_bias, eps)).to(z.dtype)
+    f, i, o, fresh = wide(z).chunk(4, dim=-1)
+    new = F.gelu(_shifted_norm(fresh, cell_norm, cell_norm_bias, eps)) * torch.sigmoid(i)
+    if cell is not None:
+        new = wide(cell) * torch.sigmoid(f) + new
+    state = F.gelu(_shifted_norm(new, norm, norm_bias, eps)) * torch.sigmoid(o)
+    return torch.cat([state, new]).to(z.dtype)
+
+
+def pick(logits: Tensor, ids: Tensor | None) -> Tensor:
+    best, at = logits.max(dim=-1)
+    total = torch.exp(logits - best[:, None]).sum(-1)
+    is_finite = torch.isfinite(total)
+    at = torch.where(is_finite, at, torch.zeros_like(at))
+    probs = torch.where(is_finite, 1 / total, torch.zeros_like(total)).float()
+    tokens = at.to(torch.int32) if ids is None else ids[at]
+    return torch.stack([tokens, probs.view(torch.int32)])
+
+
+def _shifted_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _rms_wide(x, weight, eps, False) + wide(bias)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """q [t, H, C] are the last t of the n positions of k, v [n, G, C]; float32 [t, H, C]."""
     t, num_heads, _ = q.shape

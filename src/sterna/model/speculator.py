@@ -20,29 +20,28 @@ one length before, and the drafts' logits are its head on out_proj(state). The f
 few megabytes, and an engine drafts with the head it has, quantised or not. Otherwise the
 speculator has a table and a head of its own.
 
-A checkpoint is a folder: model.safetensors with the names below, config.json with architectures
-["SternaSpeculator"] and a section `speculator` (SpeculatorConfig and the target's family).
+`draft_tokens` lists the tokens that drafts choose from (none = all): the head, which is most of a
+draft's cost in a small model, is then read for these alone (FR-Spec, arXiv 2502.14856). A draft
+outside of them is never right, which is what the others are paid with.
+
+The folder of one: see speculator_file.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sterna.core.errors import ConfigError, ModelFileError
+from sterna.core.errors import ConfigError
 from sterna.model.decoder import Decoder
-from sterna.model.hf_weights import SafetensorsSource
-from sterna.model.load import DTYPES, DTypeName
 
-ARCHITECTURE, SECTION, VERSION = "SternaSpeculator", "speculator", 1
-_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,20 @@ class SpeculatorConfig:
     scales_input: bool = True
     shares_base: bool = True
     base_family: str = ""
+    draft_tokens: tuple[int, ...] = ()  # what drafts choose from, ascending; () = the vocabulary
+
+    def __post_init__(self) -> None:
+        ids = self.draft_tokens
+        is_rising = all(a < b for a, b in itertools.pairwise(ids))
+        if ids and not (is_rising and ids[0] >= 0 and ids[-1] < self.vocab_size):
+            raise ConfigError(
+                f"draft_tokens must be ascending ids in [0, {self.vocab_size}); train a new one"
+            )
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the drafts' head."""
+        return len(self.draft_tokens) or self.vocab_size
 
     def check_base(self, base: Decoder) -> None:
         """ConfigError when `base` is not of the target's shape."""
@@ -84,7 +97,7 @@ class ShiftedNorm(nn.Module):
 
 def _unit_rms(x: Tensor) -> Tensor:
     wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 class Speculator(nn.Module):
@@ -106,7 +119,10 @@ class Speculator(nn.Module):
             self.out_proj = nn.Linear(inner, hidden, bias=False)
         else:
             self.emb = nn.Embedding(config.vocab_size, inner)
-            self.head = nn.Linear(inner, config.vocab_size, bias=False)
+            self.head = nn.Linear(inner, config.num_outputs, bias=False)
+        self.draft_ids: Tensor | None
+        ids = torch.tensor(config.draft_tokens, dtype=torch.int32) if config.draft_tokens else None
+        self.register_buffer("draft_ids", ids, persistent=False)
         state_share = 0.5 ** (0.5 / config.num_drafts)
         self.emb_scale = ((1 - state_share**2) * inner / 2) ** 0.5 / state_share
 
@@ -160,8 +176,22 @@ class Speculator(nn.Module):
         return out
 
     def head_weight(self, base_head: Tensor) -> Tensor:
-        """The drafts' head: an own one, or the target's."""
-        return base_head if self.head is None else self.head.weight
+        """The drafts' head [num_outputs, .]: an own one, or the target's rows."""
+        if self.head is not None:
+            return self.head.weight
+        return base_head if self.draft_ids is None else base_head[self.draft_ids]
+
+    def tokens_of(self, outputs: Tensor) -> Tensor:
+        """Rows of the head -> token ids."""
+        return outputs if self.draft_ids is None else self.draft_ids[outputs].to(outputs.dtype)
+
+    def outputs_of(self, tokens: Tensor, missing: int) -> Tensor:
+        """Token ids -> rows of the head; `missing` for what no draft can be, negative ids too."""
+        if self.draft_ids is None:
+            return tokens
+        at = torch.searchsorted(self.draft_ids, tokens).clamp(max=len(self.draft_ids) - 1)
+        is_there = self.draft_ids[at] == tokens
+        return torch.where(is_there, at.to(tokens.dtype), torch.full_like(tokens, missing))
 
     def states(self, hidden: Tensor, inputs: Sequence[Tensor], base_table: Tensor) -> list[Tensor]:
         """Every draft's state [T, d], given the tokens before each ([T] each)."""
@@ -171,49 +201,3 @@ class Speculator(nn.Module):
             state, cell = self.step(draft, state, cell, tokens, base_table)
             found.append(state)
         return found
-
-
-def speculator_hf_config(config: SpeculatorConfig) -> dict[str, Any]:
-    """The config.json of a speculator."""
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "sterna_speculator",
-        SECTION: {"version": VERSION, **asdict(config)},
-    }
-
-
-def load_speculator(
-    folder: Path, dtype: DTypeName = "bfloat16", device: torch.device | str = "cpu"
-) -> Speculator:
-    """The speculator of a folder. ModelFileError for another kind of folder or a damaged one."""
-    path = folder / "config.json"
-    section = _section(path)
-    names = {field.name for field in fields(SpeculatorConfig)}
-    config = SpeculatorConfig(**{key: section[key] for key in names})
-    speculator = Speculator(config)
-    fill(speculator, folder)
-    return speculator.to(device=device, dtype=DTYPES[dtype])
-
-
-@torch.no_grad()
-def fill(speculator: Speculator, folder: Path) -> None:
-    """Read the weights of a folder into `speculator`. ModelFileError where they do not fit."""
-    source = SafetensorsSource(folder)
-    for name, parameter in speculator.named_parameters():
-        value = source.read(name, parameter.dtype)
-        if value.shape != parameter.shape:
-            raise ModelFileError(
-                f"{folder}: {name} has shape {tuple(value.shape)}, its config asks for "
-                f"{tuple(parameter.shape)}"
-            )
-        parameter.copy_(value)
-
-
-def _section(path: Path) -> Mapping[str, Any]:
-    try:
-        section: Mapping[str, Any] = json.loads(path.read_text()).get(SECTION) or {}
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: {error}; give the folder of a speculator") from error
-    if section.get("version") != VERSION:
-        raise ModelFileError(f"{path}: no section {SECTION!r} of version {VERSION}")
-    return section

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from sterna.engine.drafters.learner import LearnStats
 from sterna.engine.request import (
     DraftResult,
     EngineRequest,
@@ -19,6 +21,15 @@ from sterna.engine.request import (
     StepStats,
 )
 
+# A speculator that learns while serving, as gauges.
+LEARNING = {
+    "num_rows": "Rows of served text kept to learn from.",
+    "num_rounds": "Comparisons of a trained copy with the head in use.",
+    "num_swaps": "Copies that were right more often and are used.",
+    "num_rollbacks": "Copies that were thrown away.",
+    "served_accepted": "Accepted drafts a proposal of the head in use, on rows kept aside.",
+    "learned_accepted": "The same of the copy that was compared with it.",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Seconds. Steps of a small model last 2 ms, a request behind a long queue minutes.
@@ -42,6 +53,7 @@ class ServerMetrics:
         self.running = self._gauge("num_requests_running", "Requests in the running batch.")
         self.waiting = self._gauge("num_requests_waiting", "Requests in the queue.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.")
+        self._learning: dict[str, Gauge] = {}
 
     def _counters(self) -> None:
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
@@ -118,6 +130,13 @@ class ServerMetrics:
         self.preemptions.inc(step.num_preempted)
         for draft in step.drafts:
             self._note_draft(draft)
+
+    def note_learning(self, stats: LearnStats) -> None:
+        """Set the gauges of a speculator that learns while serving; made at the first call."""
+        for name, value in asdict(stats).items():
+            if name not in self._learning:
+                self._learning[name] = self._gauge(f"speculator_{name}", LEARNING[name])
+            self._learning[name].set(value)
 
     def _note_draft(self, draft: DraftResult) -> None:
         name, source = self._model_name, draft.source

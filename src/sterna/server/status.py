@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sterna.core.errors import RequestError, ShuttingDownError
+from sterna.engine.drafters.learner import LearnStats
 from sterna.server.embed_service import EmbedService
 from sterna.server.metrics import CONTENT_TYPE
 from sterna.server.replies import HealthReply, ModelCard, ModelList, VersionReply
@@ -52,6 +53,9 @@ def show_metrics(service: Service | EmbedService) -> Response:
     metrics.running.set(load.num_running)
     metrics.waiting.set(load.num_waiting)
     metrics.kv_usage.set(load.kv_usage)
+    learning = _learn_stats(service)
+    if learning is not None:
+        metrics.note_learning(learning)
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
@@ -75,6 +79,9 @@ def show_state(service: Service | EmbedService) -> Response:
         **service.view.latencies(),
         "totals": asdict(service.view.totals),
     }
+    learning = _learn_stats(service)
+    if learning is not None:
+        state["speculator_learns"] = asdict(learning)
     return _json(json.dumps(state).encode())
 
 
@@ -83,6 +90,11 @@ def stream_steps(service: Service | EmbedService, request: Request) -> Response:
     view = service.view
     pieces = view.stream(_since(request))
     return EventStream(pieces, lambda: None)
+
+
+def _learn_stats(service: Service | EmbedService) -> LearnStats | None:
+    """Of a speculator that learns while serving."""
+    return service.engine.learning() if isinstance(service, Service) else None
 
 
 def _since(request: Request) -> int:

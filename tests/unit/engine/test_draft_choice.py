@@ -9,8 +9,9 @@ import pytest
 
 from sterna.core.errors import ConfigError
 from sterna.engine.config import EngineConfig
+from sterna.engine.draft_rows import Batch
 from sterna.engine.drafters.choose import drafter_names
-from sterna.engine.speculate import GUARD_STEPS, Batch, Guard
+from sterna.engine.speculate import GUARD_STEPS, Guard
 from sterna.engine.stepcost import CostPoint, StepCost, load_cost, measure_cost, save_cost
 from sterna.engine.trust import Trust
 

@@ -11,6 +11,7 @@ from types import MappingProxyType, SimpleNamespace
 
 from sterna.core.errors import SternaError
 from sterna.engine.config import EngineConfig
+from sterna.engine.drafters.learner import LearnStats
 from sterna.engine.request import (
     Delta,
     EngineRequest,
@@ -69,6 +70,7 @@ class FakeAsyncEngine:
     is_started: bool = False
     is_shut_down: bool = False
     steps: list[StepStats] = field(default_factory=list)
+    learn_stats: LearnStats | None = None
 
     def __post_init__(self):
         self.limits = Limits(ByteTokenizer.vocab_size, self.max_model_len, 8192)
@@ -98,6 +100,9 @@ class FakeAsyncEngine:
 
     def load(self):
         return SimpleNamespace(num_running=len(self.running), num_waiting=0, kv_usage=0.0)
+
+    def learning(self):
+        return self.learn_stats
 
     async def subscribe(self):
         for step in self.steps:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from sterna.core.errors import StepError
+from sterna.engine.drafters.learner import LearnStats
 from sterna.engine.request import StepStats
 
 ASK = {"model": "tern", "messages": [{"role": "user", "content": "Hi"}]}
@@ -207,6 +208,18 @@ def test_metrics_have_the_names_that_dashboards_know(connect, prefix):
              "request_inference_time_seconds_bucket", "request_prefill_time_seconds_bucket",
              "request_decode_time_seconds_bucket")  # fmt: skip
     assert [name for name in names if f"\n{prefix}:{name}" not in text] == []
+
+
+def test_learning_is_shown_where_a_speculator_learns(connect, engine):
+    asked = ("GET", "/metrics"), ("GET", "/engine/state")
+    metrics, state = ask(connect, *asked)
+    assert "speculator_num" not in metrics.text and "speculator_learns" not in state.json()
+    engine.learn_stats = LearnStats(900, 3, 2, 1, 0.5, 0.75)
+    metrics, state = ask(connect, *asked)
+    label = '{model_name="tern"}'
+    for line in ("num_swaps{} 2.0", "num_rollbacks{} 1.0", "learned_accepted{} 0.75"):
+        assert f"speculator_{line.replace('{}', label)}" in metrics.text
+    assert state.json()["speculator_learns"]["num_rows"] == 900
 
 
 def make_step(number, **changes):

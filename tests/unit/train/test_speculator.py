@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,9 @@ from torch.nn import functional as F
 
 from sterna.core.errors import ConfigError, ModelFileError
 from sterna.model.save import save_model, save_tensors
-from sterna.model.speculator import (
-    Speculator,
-    SpeculatorConfig,
-    load_speculator,
-    speculator_hf_config,
-)
+from sterna.model.speculator import Speculator, SpeculatorConfig
+from sterna.model.speculator_file import load_speculator, speculator_hf_config
+from sterna.train.distill.frequent import frequent_tokens
 from sterna.train.distill.speculator import SpeculatorPair, acceptance, ahead, speculator_loss
 from sterna.train.loop import train
 
@@ -147,6 +145,52 @@ def test_other_folders_and_other_models_are_refused(decoder_of, tmp_path):
     with pytest.raises(ConfigError, match="was made for"):
         config.check_base(decoder_of("llama"))
     assert sum(p.numel() for p in Speculator(config).parameters()) < 64 * 999
+
+
+@pytest.mark.parametrize("shares_base", [True, False])
+def test_a_draft_vocabulary(decoder_of, packed, tokens_of, tmp_path, shares_base):
+    """Tokens outside of it are no targets; the loss is that over the rows of the head kept."""
+    base, some = decoder_of("llama"), tuple(range(1, 160, 3))
+    config = replace(new_pair(base, shares_base=shares_base).speculator.config, draft_tokens=some)
+    pair = SpeculatorPair(base, config, seed=1)
+    s, text = pair.speculator, tokens_of(40)
+    ids = torch.tensor([0, 1, 4, 159, 157, -100])
+    assert s.outputs_of(ids, -100).tolist() == [-100, 0, 1, -100, 52, -100]
+    assert s.tokens_of(torch.tensor([0, 1, 52])).tolist() == [1, 4, 157]
+    batch = packed([text])
+    targets = torch.tensor([*text[1:], -100])
+    head = s.head_weight(base.head_weight())
+    assert len(head) == len(some)
+    want = 0.0
+    for i, drafted in enumerate(pair.drafted(batch)):
+        for t in range(len(text) - i - 2):
+            token = text[t + i + 2]
+            if token in some:
+                row = torch.log_softmax(drafted[t] @ head.T, -1)
+                want -= row[some.index(token)].item()
+    assert speculator_loss(pair, batch, targets).item() == pytest.approx(want / 3, rel=1e-4)
+    tensors = ((name, p.detach()) for name, p in s.named_parameters())
+    save_tensors(tensors, speculator_hf_config(config), tmp_path)
+    assert load_speculator(tmp_path, "float32").config == config
+    with pytest.raises(ConfigError, match="ascending"):
+        replace(config, draft_tokens=(5, 3))
+
+
+def test_the_draft_vocabulary_is_what_the_data_hold_most_of(tmp_path):
+    made = recipe(
+        tmp_path, kind="distill", run={"steps": 2},
+        distill={"kind": "mlp_speculator", "draft_vocab": 20, "drafts": 2},
+        data={"train_on": "all"},
+    )  # fmt: skip
+    found = frequent_tokens(made)
+    assert len(found) == 20 and list(found) == sorted(found)
+    assert frequent_tokens(made) == found
+    assert load_speculator(train(made).model, "float32").config.draft_tokens == found
+    again = made.model_copy(
+        update={"distill": made.distill.model_copy(update={"draft_vocab": 10**6})}
+    )
+    with pytest.raises(ConfigError, match="lower it"):
+        frequent_tokens(again)
 
 
 @pytest.mark.parametrize("kind", ["mlp_speculator", "lstm_speculator"])

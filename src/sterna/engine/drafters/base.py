@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from sterna.engine.sequence import Sequence
 
@@ -26,6 +28,24 @@ class Draft:
     def expected_accepted(self) -> float:
         """Tokens expected to survive verification: the sum of the prefixes' probabilities."""
         return sum(accumulate(self.probs, lambda path, prob: path * prob))
+
+
+@runtime_checkable
+class ReadsHidden(Protocol):
+    """A drafter that also wants the target's hidden states.
+
+    `num_drafts`: tokens of its longest draft. Where others have promised as many it is not asked.
+    """
+
+    num_drafts: int
+
+    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+        """[tokens, D]: the final normed states that the tokens of the next `extend` were drawn
+        from; the memory is the engine's and good for this call only.
+
+        Preemption, prefix hits, chunked prompts and forks change nothing: a token is always drawn
+        from a state, and that is the one.
+        """
 
 
 class Drafter(Protocol):

@@ -218,6 +218,27 @@ inline int64_t int8_row_bytes(int64_t in_features) {
   return (tiles * 64 + (2 * tiles + 2) * 4 + 63) / 64 * 64;
 }
 
+// One draft of a speculator from its pre-activations: see `draft_cell` in kernels/ops.py.
+struct DraftCellArgs {
+  const void* z;     // [rows, d]; lstm: [rows, 4 d], the gates f, i, o and the fresh part
+  const void* cell;  // lstm: [rows, d] of the draft before, or null
+  const void *norm, *norm_bias;            // [d]
+  const void *cell_norm, *cell_norm_bias;  // [d]; null = mlp
+  void* state;       // [rows, d]
+  void* cell_out;    // lstm: [rows, d]
+  int32_t rows_kind, dtype, hidden;
+  float eps;
+};
+
+// The largest logit of each row: its token and softmax probability.
+struct PickArgs {
+  const float* logits;  // [rows, vocab]
+  const int32_t* ids;   // [vocab] the token of each column, or null
+  int32_t* tokens;      // [rows]
+  float* probs;         // [rows]; 0 for a row that is not finite, whose token is the first
+  int32_t rows_kind, vocab;
+};
+
 // A cache block holds, per key/value head, keys in panels of 16 tokens, [C / P][16][P], then
 // values [block_size / P][C][P], where P = 2 for bfloat16 (pairs feed one dot instruction) and
 // 1 for float32. Both are the B operand of the same micro-kernel: lanes run over keys in q.K and
@@ -266,6 +287,8 @@ struct KernelTable {
   Kernel<EmbedNormArgs> embed_norm;
   Kernel<BidirectionalArgs> bidirectional;
   Kernel<PoolArgs> pool;
+  Kernel<DraftCellArgs> draft_cell;
+  Kernel<PickArgs> pick;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

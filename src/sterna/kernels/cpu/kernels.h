@@ -22,6 +22,8 @@ Kernel<QuantRowsArgs> quant_rows_kernel();
 Kernel<EmbedNormArgs> embed_norm_kernel();
 Kernel<BidirectionalArgs> bidirectional_kernel();
 Kernel<PoolArgs> pool_kernel();
+Kernel<DraftCellArgs> draft_cell_kernel();
+Kernel<PickArgs> pick_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

@@ -148,6 +148,24 @@ void bind_quant_ops(nb::class_<Kernels>& k) {
   }, "tape"_a.none(), ROWS, "x"_a, "out"_a, "rows_kind"_a, "dtype"_a, "in_features"_a);
 }
 
+void bind_draft_ops(nb::class_<Kernels>& k) {
+  k.def("draft_cell", [](Kernels& self, Tape* tape, int t, int r, int s, Addr z, Addr cell,
+                         Addr norm, Addr norm_bias, Addr cell_norm, Addr cell_norm_bias, Addr state,
+                         Addr cell_out, int kind, int dtype, int hidden, float eps) {
+    self.submit(tape, DraftCellArgs{ptr<void>(z), ptr<void>(cell), ptr<void>(norm),
+                                    ptr<void>(norm_bias), ptr<void>(cell_norm),
+                                    ptr<void>(cell_norm_bias), ptr<void>(state),
+                                    ptr<void>(cell_out), kind, dtype, hidden, eps}, t, r, s);
+  }, "tape"_a.none(), ROWS, "z"_a, "cell"_a, "norm"_a, "norm_bias"_a, "cell_norm"_a,
+     "cell_norm_bias"_a, "state"_a, "cell_out"_a, "rows_kind"_a, "dtype"_a, "hidden"_a, "eps"_a);
+  k.def("pick", [](Kernels& self, Tape* tape, int t, int r, int s, Addr logits, Addr ids,
+                   Addr tokens_out, Addr probs, int kind, int vocab) {
+    self.submit(tape, PickArgs{ptr<float>(logits), ptr<int32_t>(ids), ptr<int32_t>(tokens_out),
+                               ptr<float>(probs), kind, vocab}, t, r, s);
+  }, "tape"_a.none(), ROWS, "logits"_a, "ids"_a, "tokens_out"_a, "probs"_a, "rows_kind"_a,
+     "vocab"_a);
+}
+
 void bind_attention_ops(nb::class_<Kernels>& k) {
   k.def("rope", [](Kernels& self, Tape* tape, int t, int r, int s, Addr qkv, Addr positions,
                    Addr row_ids, Addr table, Addr q_norm, Addr k_norm, Addr out, Addr cache,
@@ -307,4 +325,5 @@ NB_MODULE(_cpu, m) {
   bind_quant_ops(k);
   bind_attention_ops(k);
   bind_encoder_ops(k);
+  bind_draft_ops(k);
 }

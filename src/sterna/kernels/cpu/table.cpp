@@ -16,7 +16,8 @@ const KernelTable* CAT(STERNA_ISA, _table)() {
                                  isa::attention_grad_kernel(), isa::draw_kernel(), isa::score_kernel(),
                                  isa::quant_linear_kernel(), isa::quant_embed_kernel(),
                                  isa::quant_rows_kernel(), isa::embed_norm_kernel(),
-                                 isa::bidirectional_kernel(), isa::pool_kernel()};
+                                 isa::bidirectional_kernel(), isa::pool_kernel(),
+                                 isa::draft_cell_kernel(), isa::pick_kernel()};
   return &table;
 }
 

@@ -23,10 +23,12 @@ const auto& kernel(const KernelTable& t, const QuantRowsArgs&) { return t.quant_
 const auto& kernel(const KernelTable& t, const EmbedNormArgs&) { return t.embed_norm; }
 const auto& kernel(const KernelTable& t, const BidirectionalArgs&) { return t.bidirectional; }
 const auto& kernel(const KernelTable& t, const PoolArgs&) { return t.pool; }
+const auto& kernel(const KernelTable& t, const DraftCellArgs&) { return t.draft_cell; }
+const auto& kernel(const KernelTable& t, const PickArgs&) { return t.pick; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
                                  "store", "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed",
-                                 "quant_rows", "embed_norm", "bidirectional", "pool"};
+                                 "quant_rows", "embed_norm", "bidirectional", "pool", "draft_cell", "pick"};
 
 }  // namespace
 

@@ -38,6 +38,10 @@ class DistillSection(BaseModel):
     shares_base: bool = Field(
         True, description="speculator: use the model's embedding and head, not own ones"
     )
+    draft_vocab: int = Field(
+        0, ge=0, description="speculator: draft only the most frequent tokens of the training "
+        "data, this many; 0 = all",
+    )  # fmt: skip
     scales_input: bool = Field(
         True, description="speculator: bring the model's hidden states to one length"
     )

@@ -87,6 +87,7 @@ def speculator_loss(
     drafted = model.drafted(batch)
     count = len(drafted)
     wanted = torch.cat([ahead(targets, batch, i + 1, IGNORE) for i in range(count)])
+    wanted = model.speculator.outputs_of(wanted, IGNORE)
     head = model.speculator.head_weight(model.head_weight())
     total = chunked_cross_entropy(
         drafted.flatten(0, 1), head, wanted, softcap=_softcap(model), chunk_rows=chunk_rows
@@ -131,7 +132,7 @@ def acceptance(model: SpeculatorPair, batch: Batch, targets: Tensor) -> Acceptan
     head = model.speculator.head_weight(model.head_weight())
     wanted = [ahead(targets, batch, i + 1, IGNORE) for i in range(len(drafted))]
     exists = torch.stack([w != IGNORE for w in wanted])
-    guesses = torch.stack([_argmax(d, head) for d in drafted])
+    guesses = model.speculator.tokens_of(torch.stack([_argmax(d, head) for d in drafted]))
     right = (guesses == torch.stack(wanted)) & exists
     runs = right.int().cumprod(0).sum(0)
     found = Acceptance(0, 0, exists.sum(1).tolist(), right.sum(1).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from sterna.model.decoder import Decoder
 from sterna.model.hf_weights import SafetensorsSource
 from sterna.model.hub import resolve_model
 from sterna.model.save import hf_config
-from sterna.model.speculator import SpeculatorConfig, fill, speculator_hf_config
+from sterna.model.speculator import SpeculatorConfig
+from sterna.model.speculator_file import fill, read_speculator_config, speculator_hf_config
 from sterna.model.swiftkv_config import SwiftKVConfig
 from sterna.model.weights import export, read_parameter
 from sterna.parallel.mesh import Mesh
 from sterna.quant.load import PLAIN, load_quantized
 from sterna.train.config import Recipe
 from sterna.train.distill.fit import fit_start
+from sterna.train.distill.frequent import frequent_tokens
 from sterna.train.distill.measure import MeasureDrafts, MeasureStudent
 from sterna.train.distill.speculator import SpeculatorPair, speculator_loss
 from sterna.train.distill.swiftkv import (
@@ -87,7 +90,12 @@ class SpeculatorTask:
                 "a speculator reads the tokens after each position, which sequence parallelism "
                 "cuts apart; use parallel.sp = 1"
             )
-        pair = SpeculatorPair(base, speculator_config(recipe, base), recipe.run.seed)
+        config = speculator_config(recipe, base)
+        if source is not None:
+            config = read_speculator_config(source / "config.json")
+        elif recipe.distill.draft_vocab:
+            config = replace(config, draft_tokens=frequent_tokens(recipe))
+        pair = SpeculatorPair(base, config, recipe.run.seed)
         if source is not None:
             fill(pair.speculator, source)
         return pair
