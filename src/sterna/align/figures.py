@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sterna.align.experience import Experience, share_without_spread
 from sterna.align.rollout import Rollout
+from sterna.align.siblings import DraftCount
 
 
 def step_figures(
@@ -57,6 +58,14 @@ def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
         **tool_figures(drawn),
+    }
+
+
+def draft_figures(count: DraftCount) -> dict[str, float]:
+    """Tokens guessed ahead, and those that were drawn."""
+    return {
+        "speculation/drafted": float(count.num_drafted),
+        "speculation/accepted": float(count.num_accepted),
     }
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from sterna.align.rollout import Rollout
+from sterna.align.siblings import DraftCount, SiblingDrafter
 from sterna.core.errors import SternaError, TrainError
 from sterna.engine.config import EngineConfig
 from sterna.engine.engine import Engine
@@ -32,6 +33,7 @@ from sterna.engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from sterna.engine.stepcost import measure_cost
 from sterna.model.decoder import Decoder
 from sterna.quant.formats import parse_format
 from sterna.quant.linear import QuantModule, quant_modules, replace_weight, weight_shapes
@@ -72,15 +74,23 @@ class HybridEngine:
         tokenizer: Tokenizer,
         config: EngineConfig,
         weights: str = POLICY,
+        speculation: bool = False,
     ) -> None:
-        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's."""
+        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's.
+
+        `speculation`: guess tokens ahead (siblings.py); tokens and log-probs stay the same.
+        """
         self.version = 0
         self._policy = policy
         self._format = None if weights == POLICY else parse_format(weights)
         self._served = policy if self._format is None else _shared_copy(policy)
         if self._format is not None:
             self._requantise()
-        self._engine = Engine(self._served, tokenizer, config)
+        drafters = [SiblingDrafter()] if speculation else []
+        self._engine = Engine(self._served, tokenizer, config, drafters=drafters)
+        self.drafts = DraftCount()
+        self._engine.on_step.append(self.drafts.note)
+        self._measure_steps()
         self._ids = itertools.count()
         self._is_asleep = False
 
@@ -163,6 +173,15 @@ class HybridEngine:
     def close(self) -> None:
         """Free what the engine holds."""
         self._engine.close()
+
+    def _measure_steps(self) -> None:
+        """Time steps by their rows, which decides how much is guessed: a second at most."""
+        engine = self._engine
+        if engine.speculator is not None:
+            limit = engine.limits.max_pool_tokens
+            rows = min(engine.config.max_draft_rows, limit)
+            longest = min(engine.limits.max_model_len, limit)
+            engine.speculator.cost = measure_cost(engine.runner.run_verify_probe, rows, longest)
 
     def _run(self, requests: Sequence[EngineRequest]) -> Mapping[tuple[str, int], _Growing]:
         found: dict[tuple[str, int], _Growing] = {}

@@ -15,7 +15,7 @@ import torch
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
 from sterna.align.experience import Experience, Models, make_experience, share_without_spread
-from sterna.align.figures import step_figures
+from sterna.align.figures import draft_figures, step_figures
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner
@@ -65,6 +65,7 @@ class _Step:
 
     drawn: list[Rollout] = field(default_factory=list)
     learnt: dict[str, float] = field(default_factory=dict)
+    noted: dict[str, float] = field(default_factory=dict)  # of its rollouts
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,6 +112,8 @@ class RlTrainer:
         with self._timed("generate"):
             rollouts = self._draw(prompts, attempt=0)
             self.parts.hybrid.sleep()
+            if self.recipe.rollout.speculation:
+                self._step.noted |= draft_figures(self.parts.hybrid.drafts.take())
         self._step.drawn = rollouts
         return rollouts
 
@@ -168,7 +171,10 @@ class RlTrainer:
         self.counters.num_completions += len(experience.rollouts)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
-            experience, self._step.drawn, self._step.learnt, self._step.seconds
+            experience,
+            self._step.drawn,
+            {**self._step.noted, **self._step.learnt},
+            self._step.seconds,
         )
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)

@@ -2,8 +2,9 @@
 
 full      the divergence of both distributions on every token the student wrote: no variance
           of sampling in a token's gradient (GKD, arXiv 2306.13649)
-sampled   the log-prob of the token alone: advantage log p - log q of each token, that is the
-          reverse KL at discount 0; for teachers of another vocabulary size, and cheap
+sampled   the log-prob of the token alone: advantage log p - log q of each token, less the
+          batch's mean, that is the reverse KL at discount 0; for teachers of another
+          vocabulary size (nothing here: an ordinary Learner does it)
 """
 
 from __future__ import annotations
