@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sterna.kernels import lora_reference, ops, reference
+from sterna.kernels import lora_ops, lora_reference, reference
 from sterna.kernels.lora import OneAdapter, lora_act, lora_add
 
 from .test_cpu_kernels import DTYPES, backend, close  # noqa: F401 - a fixture
@@ -165,4 +165,4 @@ def test_the_wide_product_of_the_reference_is_that_of_gated_linear():
     product = reference.logits(x, weight, 140)
     got = lora_reference.lora_gated(x, product, None, empty, empty, *none, "silu", 70)
     assert torch.equal(got, reference.gated_linear(x, weight, "silu", 70))
-    assert ops.lora_gated(x, product, None, empty, empty, *none, "silu", 70).shape == (4, 70)
+    assert lora_ops.lora_gated(x, product, None, empty, empty, *none, "silu", 70).shape == (4, 70)

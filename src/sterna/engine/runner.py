@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sterna.engine.adapters import RowSlots
+from sterna.engine.adapter_slots import RowSlots
 from sterna.engine.capture import CapturedForward, capture
 from sterna.engine.memory import SizedModel
 from sterna.engine.request import TokenLogprob

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sterna.kernels import ops
+from sterna.kernels import lora_ops
 from sterna.kernels.backward import d_activate
 from sterna.kernels.reference import activate_wide, wide
 
@@ -72,7 +72,7 @@ def lora_add(x: Tensor, y: Tensor, pairs: Sequence[Pair], one: OneAdapter) -> Te
 def lora_act(
     x: Tensor, product: Tensor, pairs: Sequence[Pair], one: OneAdapter, activation: str
 ) -> Tensor:
-    """`ops.lora_gated` of one adapter: product float32 [T, W] -> [T, I] in x's dtype."""
+    """`lora_ops.lora_gated` of one adapter: product float32 [T, W] -> [T, I] in x's dtype."""
     if not torch.is_grad_enabled():
         return _act(x, product, pairs, one, activation)
     apply: Any = _Act.apply
@@ -82,7 +82,7 @@ def lora_act(
 
 def _add(x: Tensor, y: Tensor, pairs: Sequence[Pair], one: OneAdapter) -> Tensor:
     a, b = one.tensors(pairs)
-    ops.lora(x, y, None, a, b, one.scales, one.ranks, list(one.starts))
+    lora_ops.lora(x, y, None, a, b, one.scales, one.ranks, list(one.starts))
     return y
 
 
@@ -90,7 +90,9 @@ def _act(
     x: Tensor, product: Tensor, pairs: Sequence[Pair], one: OneAdapter, activation: str
 ) -> Tensor:
     a, b = one.tensors(pairs)
-    return ops.lora_gated(x, product, None, a, b, one.scales, one.ranks, activation, one.starts[1])
+    return lora_ops.lora_gated(
+        x, product, None, a, b, one.scales, one.ranks, activation, one.starts[1]
+    )
 
 
 class _Add(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The adapter ops in plain PyTorch; see reference.py and the contract in ops.py."""
+"""The adapter ops in plain PyTorch; see reference.py and the contract in lora_ops.py."""
 
 from __future__ import annotations
 

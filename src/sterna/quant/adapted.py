@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sterna.kernels import ops
+from sterna.kernels.quant_weight import FlatWeight
 from sterna.kernels.tiles import TILE_ROWS
 from sterna.model.decoder import Decoder
 from sterna.model.layers import GatedLinear, Linear
@@ -78,7 +79,8 @@ def wide_product(base: Any, x: Tensor) -> Tensor:
         panels = 1 if weight.dim() == 2 else weight.shape[2]
         rows = base.out_features if isinstance(base, Linear) else weight.shape[0] * panels
         return ops.logits(x, weight, rows)
-    flat = base.quant_weight.flat()
+    flat: FlatWeight = base.quant_weight.flat()
     is_gated = isinstance(base, QuantGatedLinear)
     rows = flat[0].shape[0] * TILE_ROWS if is_gated else base.out_features
-    return ops.quant_logits(x, *flat, rows, 0.0, 1.0, base.int8_activations)
+    int8: bool = base.int8_activations
+    return ops.quant_logits(x, *flat, rows, int8_activations=int8)
