@@ -220,7 +220,7 @@ class Part:
     returns: Tensor | None
 
 
-def _kl(part: _Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+def _kl(part: Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
     """The weighted KL to the reference: a scalar with a graph."""
     mask = part.layout.mask
     d = torch.where(mask, logprobs - ref, 0.0)
