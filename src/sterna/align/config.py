@@ -92,8 +92,8 @@ class RolloutSection(Section):
         "as many as measured steps say will pay",
     )
     staleness: int = Field(
-        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights before "
-        "the last update, beside its training with `workers`; corrected by importance",
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
     )  # fmt: skip
     workers: int = Field(
         default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "

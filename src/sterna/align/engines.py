@@ -128,7 +128,7 @@ class EngineGroup:
         self._weights = weights
         self._is_exact = is_exact
         self._loaded: int | None = None
-        self._max_model_len = min(everyone(group, "connect", receiver))
+        self._max_model_len: int = min(everyone(group, "connect", receiver))
 
     @property
     def is_exact(self) -> bool:

@@ -68,7 +68,7 @@ def checksum(tensor: Tensor) -> int:
     words = data.view(torch.int64)
     factors = 2 * torch.arange(min(_WORDS, len(words)), device=data.device) + 1
     found = tensor.numel() * tensor.element_size()
-    for part in words.split(_WORDS):
+    for part in torch.split(words, _WORDS):
         found = (found * _PRIME + int((part * factors[: len(part)]).sum())) & _MASK
     return found
 
@@ -229,7 +229,7 @@ class Broadcast:
             data = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
             self._broadcast(data)
             if error is None:
-                error = _take(weights, manifest, names, data.split(sizes))
+                error = _take(weights, manifest, names, torch.split(data, sizes))
         if error is not None:
             raise error
 

@@ -155,7 +155,7 @@ class RemoteGroup:
         """See WorkerGroup."""
         answers = self._answers()
         self._method = ""
-        errors = [(rank, value) for rank, (ok, value) in answers.items() if not ok]
+        errors = [(rank, value) for rank, (ok, value) in sorted(answers.items()) if not ok]
         if self._own_error is not None:
             raise self._own_error
         for rank, error in errors:
