@@ -60,20 +60,17 @@ def align(
 
         print(to_toml(chosen), end="")
         return 0
-    if not isinstance(chosen, _rl_recipe()):
-        if replay is not None:
-            raise ConfigError("--replay is of one step of [rl]; give the recipe.toml of its folder")
-        return run_pipeline(chosen, resume, as_json)
-    return _run(chosen, resume, as_json) if replay is None else _replay(chosen, replay, as_json)
-
-
-def _rl_recipe() -> type[RlRecipe]:
     from sterna.align.config import RlRecipe
 
-    return RlRecipe
+    if isinstance(chosen, RlRecipe):
+        return _run(chosen, resume, as_json) if replay is None else _replay(chosen, replay, as_json)
+    if replay is not None:
+        raise ConfigError("--replay is of a step of [rl]; give the recipe.toml of its folder 3-rl")
+    return run_pipeline(chosen, resume, as_json)
 
 
 def _read(arguments: tuple[str, ...]) -> RlRecipe | AlignRecipe:
+    from sterna.align.config import RlRecipe
     from sterna.align.pipeline.config import AlignRecipe
     from sterna.align.pipeline.inherit import FOLDERS
     from sterna.train.recipe import make_recipe, read_layers
@@ -87,7 +84,7 @@ def _read(arguments: tuple[str, ...]) -> RlRecipe | AlignRecipe:
     values = read_layers(files, flags)
     if values.keys() & {"steps", *FOLDERS}:
         return make_recipe(values, AlignRecipe)
-    return make_recipe(values, _rl_recipe())
+    return make_recipe(values, RlRecipe)
 
 
 def _run(recipe: RlRecipe, resume: bool, as_json: bool) -> int:
@@ -151,12 +148,13 @@ def _print_result(result: RlResult) -> None:
 
 
 def _list_settings() -> int:
+    from sterna.align.config import RlRecipe
     from sterna.align.pipeline.settings import pipeline_settings
     from sterna.train.settings import all_settings
 
     heads = ("setting", "default", "meaning")
     print("One table, reinforcement learning:")
-    print_table(heads, ((s.name, s.default, s.meaning) for s in all_settings(_rl_recipe())))
+    print_table(heads, ((s.name, s.default, s.meaning) for s in all_settings(RlRecipe)))
     print("\nThree steps:")
     print_table(heads, ((s.name, s.default, s.meaning) for s in pipeline_settings()))
     return 0
