@@ -165,6 +165,13 @@ class UnknownModelError(RequestError):
     code = "model_not_found"
 
 
+class AdapterError(RequestError):
+    """An adapter that cannot be served or unloaded as asked: its shapes, rank, kind or name."""
+
+    exit_code = 4
+    code = "invalid_adapter"
+
+
 class AuthError(SternaError):
     """Missing or wrong API key."""
 
