@@ -91,6 +91,14 @@ class RolloutSection(Section):
         description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
         "as many as measured steps say will pay",
     )
+    staleness: int = Field(
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
+    )  # fmt: skip
+    workers: int = Field(
+        default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
+        "make the completions; 0 = the trainer's own; the same tokens",
+    )  # fmt: skip
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
@@ -230,6 +238,10 @@ class RlRunSection(Section):
     steps: int = Field(default=100, gt=0, description="rollout steps")
     seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="longest call on another process; the run then ends and "
+        "names it",
+    )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
@@ -270,6 +282,11 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.algorithm.dynamic_sampling and self.rollout.staleness:
+            raise ValueError(
+                "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
+                "from those before; leave one of them out"
+            )
         if kind == "distill":
             _check_distill(self)
             return self
@@ -287,6 +304,10 @@ def _check_distill(recipe: RlRecipe) -> None:
         raise ValueError('algorithm.kind = "distill" needs distill.teacher')
     if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
         raise ValueError("distill has no reference beside its teacher; leave algorithm.kl_* out")
+    if recipe.distill.lmbda < 1 and recipe.rollout.staleness:
+        raise ValueError(
+            "distill.lmbda < 1 asks the student in training; set rollout.staleness = 0"
+        )
     is_cut = recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0
     if recipe.distill.loss == "sampled" and (is_cut or recipe.distill.lmbda < 1):
         raise ValueError(
