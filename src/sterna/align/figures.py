@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from sterna.align.experience import Experience, share_without_spread
 from sterna.align.rollout import Rollout
 from sterna.align.siblings import DraftCount
+
+_GRAM = 4
 
 
 def step_figures(
@@ -31,12 +34,41 @@ def step_figures(
     if experience.ref_logprobs is not None:
         d = experience.old_logprobs - experience.ref_logprobs
         found["kl"] = _mean(experience.layout.sums(d))
+    if experience.values is not None:
+        found |= ppo_figures(experience, found)
     total = max(sum(seconds.values()), 1e-9)
     found |= {f"time/{name}": round(value, 4) for name, value in seconds.items()}
     found["time/step"] = round(total, 4)
     found["tokens_per_s/generate"] = round(num_tokens / max(seconds["generate"], 1e-9), 1)
     found["samples_per_s"] = round(len(drawn) / total, 2)
     return found
+
+
+# TRL's names of what PPO logs, and ours.
+_OF_PPO = {
+    "policy/approxkl_avg": "approx_kl",
+    "policy/entropy_avg": "entropy",
+    "loss/policy_avg": "loss",
+    "loss/value_avg": "value_loss",
+    "val/clipfrac_avg": "value_clip_ratio",
+    "val/ratio": "ratio/mean",
+    "objective/scores": "reward",
+    "objective/kl": "kl",
+}
+
+
+def ppo_figures(experience: Experience, found: Mapping[str, float]) -> dict[str, float]:
+    """The same again by the names of TRL's PPO, and those that only it has."""
+    same = {name: found[own] for name, own in _OF_PPO.items() if own in found}
+    kl = found.get("kl_coef", 0.0) * found.get("kl", 0.0)
+    return {
+        **same,
+        "policy/clipfrac_avg": found.get("clip_ratio/region_mean", 0.0),
+        "objective/entropy": -_mean(experience.layout.sums(experience.old_logprobs)),
+        "objective/non_score_reward": -kl,
+        "objective/rlhf_reward": found["reward"] - kl,
+        "val/num_eos_tokens": float(sum(not r.is_truncated for r in experience.rollouts)),
+    }
 
 
 def reward_figures(experience: Experience) -> dict[str, float]:
@@ -57,6 +89,8 @@ def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
         **_spread(lengths[~truncated], "terminated_length"),
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
+        "completions/repetition": _mean(torch.tensor([_repetition(r) for r in drawn])),
+        "completions/alike": _alike(drawn),
         **tool_figures(drawn),
     }
 
@@ -75,6 +109,19 @@ def _spread(lengths: Tensor, what: str) -> dict[str, float]:
         f"completions/min_{what}": float(lengths.min()) if len(lengths) else 0.0,
         f"completions/max_{what}": float(lengths.max()) if len(lengths) else 0.0,
     }
+
+
+def _repetition(rollout: Rollout) -> float:
+    """The share of the policy's 4-grams that it has written before in this completion."""
+    written = rollout.completion[rollout.mask].tolist()
+    grams = list(zip(*(written[i:] for i in range(_GRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _alike(drawn: Sequence[Rollout]) -> float:
+    """The share of completions that another one of their group equals."""
+    seen = Counter((rollout.prompt_idx, rollout.completion.tobytes()) for rollout in drawn)
+    return sum(count for count in seen.values() if count > 1) / max(1, len(drawn))
 
 
 def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
