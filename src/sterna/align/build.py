@@ -325,7 +325,7 @@ def _controller(recipe: RlRecipe) -> KLController:
 
 def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     folder = recipe.run.output
-    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor()]
+    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
     return hooks
