@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sterna.align.auditor import Auditor
-from sterna.align.config import RewardSection, RlRecipe
-from sterna.align.critic import check_tokenizer, load_critic
+from sterna.align.config import RlRecipe
+from sterna.align.critic import load_critic
+from sterna.align.draw import make_draw, make_toolbox, speaks_chat
 from sterna.align.experience import Models
 from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
-from sterna.align.reward import Reward, RewardSum, Sample
-from sterna.align.reward_model import ModelReward
-from sterna.align.rewards_io import FunctionReward, HttpReward
+from sterna.align.reward import Reward
+from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
+from sterna.align.rollout_engine import engine_config
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
-from sterna.engine.config import EngineConfig
 from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
@@ -49,6 +50,7 @@ from sterna.train.recipe import to_toml
 from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
+Schemas = Sequence[Mapping[str, Any]] | None
 # What a resumed run may change: how long, where to, and what changes no bit of it.
 FREE = (
     "run.steps",
@@ -59,10 +61,6 @@ FREE = (
     "checkpoint.*",
     "eval.*",
 )
-# Blocks beside those of the completions: partly filled ones, and a place for the null block.
-_SPARE_BLOCKS = 8
-_BLOCK = 16
-_MAX_SEQS = 256
 
 
 def build(
@@ -91,21 +89,27 @@ def build(
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     if at is None:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    hybrid = HybridEngine(policy, tokenizer, _engine_config(recipe), recipe.rollout.weights)
+    rollout = recipe.rollout
+    hybrid = HybridEngine(
+        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
+    )
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
+    toolbox = make_toolbox(recipe)
+    told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
     return RlTrainer(
         RlParts(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
+            draw=make_draw(recipe, hybrid, tokenizer, toolbox),
             models=_models(recipe, policy, hybrid, learner, base, device),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            prompts=PromptStream(recipe.prompts, tokenizer, task),
-            eval_prompts=_eval_prompts(recipe, tokenizer, task),
-            rewards=_rewards(recipe, rewards, task, tokenizer),
+            prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
+            eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
+            rewards=make_rewards(recipe, rewards, task, tokenizer),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks),
             files=tokenizer_files(tokenizer),
@@ -161,27 +165,6 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
         else:
             found[prefix + key] = value
     return found
-
-
-def _engine_config(recipe: RlRecipe) -> EngineConfig:
-    """An engine that holds a step's rollouts at once, where that is not said otherwise."""
-    rollout = recipe.rollout
-    size = recipe.prompts.max_tokens + rollout.max_tokens
-    sequences = rollout.prompts_per_step * rollout.group_size
-    tokens = rollout.kv_tokens or size * sequences
-    blocks = -(-max(tokens, size) // _BLOCK) + sequences + _SPARE_BLOCKS
-    limit = min(sequences, _MAX_SEQS)
-    values = {
-        "device": recipe.model.device,
-        "dtype": recipe.model.dtype,
-        "threads": recipe.run.threads,
-        "block_size": _BLOCK,
-        "num_kv_blocks": blocks,
-        "max_num_seqs": limit,
-        "token_budget": max(rollout.token_budget, 2 * limit),
-        "seed": recipe.run.seed,
-    }
-    return EngineConfig.model_validate(values)
 
 
 def _learner(
@@ -271,51 +254,12 @@ def _values(
     return torch.cat(found) if found else torch.zeros(0)
 
 
-def _eval_prompts(recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None) -> PromptStream | None:
-    return PromptStream(recipe.prompts, tokenizer, task, "eval") if recipe.eval.every else None
-
-
-class _Named:
-    """A task's method as a reward."""
-
-    def __init__(self, name: str, method: Callable[[Sequence[Sample]], list[float] | None]) -> None:
-        self.name = name
-        self._method = method
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """The method's numbers."""
-        return self._method(samples) or [0.0] * len(samples)
-
-
-def _rewards(
-    recipe: RlRecipe, own: Sequence[Reward], task: Task | None, tokenizer: Tokenizer
-) -> RewardSum:
-    """The recipe's rewards, or the caller's; a task's gold metric is logged beside them."""
-    if own:
-        pairs: list[tuple[Reward, RewardSection]] = [
-            (r, RewardSection(kind="function")) for r in own
-        ]
-    else:
-        pairs = [(_reward(section, task, recipe, tokenizer), section) for section in recipe.rewards]
-    if task is not None and task.gold(()) is not None:
-        pairs.append((_Named("gold", task.gold), RewardSection(weight=0.0)))
-    return RewardSum(pairs)
-
-
-def _reward(
-    section: RewardSection, task: Task | None, recipe: RlRecipe, tokenizer: Tokenizer
-) -> Reward:
-    match section.kind:
-        case "task":
-            assert task is not None, "checked by the recipe"
-            return _Named(task.name, task.reward)
-        case "function":
-            return FunctionReward(section.path, section.timeout_s)
-        case "http":
-            return HttpReward(section.path, section.timeout_s, section.retries)
-        case "model":
-            check_tokenizer(resolve_model(section.path), tokenizer, "rewards.path")
-            return ModelReward(section.path, recipe.model, recipe.algorithm.micro_tokens)
+def _eval_prompts(
+    recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None, told: Schemas
+) -> PromptStream | None:
+    if not recipe.eval.every:
+        return None
+    return PromptStream(recipe.prompts, tokenizer, task, "eval", told)
 
 
 def _controller(recipe: RlRecipe) -> KLController:

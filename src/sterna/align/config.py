@@ -6,10 +6,11 @@ Field descriptions are the help text and the docs table.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sterna.data.config import SourceConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -22,15 +23,17 @@ Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
 
 
 class PromptSection(Section):
-    """Where prompts come from."""
+    """Where prompts come from: one of path, sources and task."""
 
     path: str = Field(
         default="", description="JSONL of rows with `prompt` (text, messages or token ids); "
         "other columns go to the rewards",
     )  # fmt: skip
-    task: str = Field(
-        default="", description="a built-in task that makes prompts and rewards them; excludes path"
-    )
+    sources: tuple[SourceConfig, ...] = Field(
+        default=(), description="files of any kind and format, as [[data.sources]]: of prompts, or "
+        "of rows with answers, of which the prompt is taken; endless, whatever their epochs",
+    )  # fmt: skip
+    task: str = Field(default="", description="a built-in task that makes prompts and rewards them")
     options: dict[str, int | float | str] = Field(
         default_factory=dict, description="of the task, such as {max_number = 99}"
     )
@@ -38,13 +41,33 @@ class PromptSection(Section):
     render: Literal["auto", "chat", "plain"] = Field(
         default="auto", description="text prompts through the chat template, where there is one"
     )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template"
+    )
     max_tokens: int = Field(default=512, gt=0, description="longer prompts are dropped, counted")
     seed: int = Field(default=0, ge=0, description="of the order and of a task's prompts")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=1, description="sources: share of the prompts kept for [eval]"
+    )
+    split: tuple[float, ...] = Field(
+        default=(), description="sources: shares of the parts that prompts are divided into, as "
+        "data.split; with the same seed and sources no prompt is in two",
+    )  # fmt: skip
+    split_part: int = Field(default=0, ge=0, description="which part is read, from 0")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="sources: malformed rows stop the run, or are counted"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> PromptSection:
-        if bool(self.path) == bool(self.task):
-            raise ValueError("give either prompts.path or prompts.task")
+        if bool(self.path) + bool(self.task) + bool(self.sources) != 1:
+            raise ValueError("give one of prompts.path, prompts.sources and prompts.task")
+        if not self.sources and (self.split or self.split_part):
+            raise ValueError("prompts.split parts prompts.sources, and there are none")
+        if self.split_part and self.split_part >= len(self.split):
+            raise ValueError(
+                f"split_part = {self.split_part}, but split has {len(self.split)} parts (from 0)"
+            )
         return self
 
 
@@ -64,12 +87,27 @@ class RolloutSection(Section):
         "after each step, its mismatch corrected",
     )
     speculation: bool = Field(
-        default=False, description="guess tokens ahead (siblings share a suffix tree); same tokens"
+        default=False,
+        description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
+        "as many as measured steps say will pay",
     )
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
     )
+    tools: tuple[str, ...] = Field(
+        default=(), description="Python functions that the policy may call, file.py:name each"
+    )
+    max_turns: int = Field(
+        default=4, gt=0, description="turns of a completion with tools; max_tokens counts them "
+        "all, the tools' answers included",
+    )  # fmt: skip
+    tool_protocol: Literal["auto", "chat", "plain"] = Field(
+        default="auto", description="chat = the template's own calls; plain = <call>name text"
+        "</call>; auto = chat where prompts go through a chat template",
+    )  # fmt: skip
+    tool_timeout_s: float = Field(default=10.0, gt=0, description="of one call")
+    tool_tokens: int = Field(default=128, gt=0, description="longest answer of one call")
 
 
 class AlgorithmSection(Section):

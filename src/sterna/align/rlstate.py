@@ -42,7 +42,11 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
     meta = {
         "sterna": __version__,
         "counters": asdict(trainer.counters),
-        "prompts": {"position": parts.prompts.position, "too_long": parts.prompts.num_too_long},
+        "prompts": {
+            "position": parts.prompts.position,
+            "too_long": parts.prompts.num_too_long,
+            "bad": parts.prompts.num_bad,
+        },
         "kl_coef": parts.kl.coef,
         "policy_version": parts.hybrid.version,
         "updates": [
@@ -64,6 +68,7 @@ def restore(folder: Path, trainer: RlTrainer) -> None:
         setattr(trainer.counters, name, value)
     parts.prompts.position = meta["prompts"]["position"]
     parts.prompts.num_too_long = meta["prompts"]["too_long"]
+    parts.prompts.num_bad = meta["prompts"]["bad"]
     parts.kl.coef = meta["kl_coef"]
     parts.hybrid.version = meta["policy_version"]
     learner.policy.num_updates = meta["updates"][0]

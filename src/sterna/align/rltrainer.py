@@ -13,8 +13,9 @@ from types import TracebackType
 import torch
 
 from sterna.align.config import RlRecipe
+from sterna.align.draw import Draw
 from sterna.align.experience import Experience, Models, make_experience, share_without_spread
-from sterna.align.figures import step_figures
+from sterna.align.figures import draft_figures, step_figures
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner
@@ -46,6 +47,7 @@ class RlParts:
     recipe: RlRecipe
     tokenizer: Tokenizer
     hybrid: HybridEngine
+    draw: Draw
     models: Models
     learner: Learner
     ema: Ema | None
@@ -64,6 +66,7 @@ class _Step:
 
     drawn: list[Rollout] = field(default_factory=list)
     learnt: dict[str, float] = field(default_factory=dict)
+    noted: dict[str, float] = field(default_factory=dict)  # of its rollouts
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,6 +114,8 @@ class RlTrainer:
         with self._timed("generate"):
             rollouts = self._draw(prompts, attempt=0)
             self.parts.hybrid.sleep()
+            if self.recipe.rollout.speculation:
+                self._step.noted |= draft_figures(self.parts.hybrid.drafts.take())
         self._step.drawn = rollouts
         return rollouts
 
@@ -168,7 +173,10 @@ class RlTrainer:
         self.counters.num_completions += len(experience.rollouts)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
-            experience, self._step.drawn, self._step.learnt, self._step.seconds
+            experience,
+            self._step.drawn,
+            {**self._step.noted, **self._step.learnt},
+            self._step.seconds,
         )
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
@@ -196,8 +204,7 @@ class RlTrainer:
         prompts = stream.take(settings.prompts)
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
-        tokens = [prompt.tokens.tolist() for prompt in prompts]
-        rollouts = self.parts.hybrid.generate(tokens, 1, sampling, seeds)
+        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -217,6 +224,7 @@ class RlTrainer:
                 completion=decode(rollout.completion.tolist()),
                 row=prompts[rollout.prompt_idx].row,
                 rollout=rollout,
+                turns=tuple(decode(rollout.completion[a:b].tolist()) for a, b in rollout.turns()),
             )
             for rollout in rollouts
         ]
@@ -250,9 +258,8 @@ class RlTrainer:
     def _draw(self, prompts: Sequence[Prompt], attempt: int) -> list[Rollout]:
         seed = self.recipe.run.seed
         seeds = [mix(seed, self.counters.step, prompt.index, attempt) for prompt in prompts]
-        tokens = [prompt.tokens.tolist() for prompt in prompts]
         sampling = self._sampling(self.recipe.rollout.temperature)
-        return self.parts.hybrid.generate(tokens, self.recipe.rollout.group_size, sampling, seeds)
+        return self.parts.draw(prompts, self.recipe.rollout.group_size, sampling, seeds)
 
     def _sampling(self, temperature: float) -> Sampling:
         rollout = self.recipe.rollout
@@ -333,6 +340,7 @@ class RlTrainer:
             hook.close()
         self._checkpointer.close()
         self._lock.release()
+        self.parts.draw.close()
         self.parts.hybrid.close()
 
 

@@ -218,6 +218,17 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path):
     assert all(torch.equal(saved[name], start[name]) for name in saved)
 
 
+def test_speculation_changes_times_only(tmp_path):
+    plain, guessing = tmp_path / "plain", tmp_path / "guessing"
+    for folder, is_on in ((plain, False), (guessing, True)):
+        folder.mkdir()
+        align_rl(recipe(folder, rollout={"speculation": is_on, "max_tokens": 24}), rewards=[Low()])
+    a, b = lines(plain), lines(guessing)
+    for one, other in zip(a, b, strict=True):
+        assert other["speculation/accepted"] <= other["speculation/drafted"]
+        assert all(one[name] == other[name] for name in ("reward", "loss", "grad_norm"))
+
+
 def test_six_bit_rollouts_are_corrected(tmp_path):
     align_rl(recipe(tmp_path, rollout={"weights": "fp6"}), rewards=[Low()])
     for line in lines(tmp_path):

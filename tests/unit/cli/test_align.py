@@ -55,7 +55,7 @@ def test_settings_are_listed(capsys):
         (["RECIPE", "--algorithm.klcoef=1"], "did you mean 'algorithm.kl_coef'"),
         (["RECIPE", "--algorithm.kind=pop"], "algorithm.kind: Input should be"),
         (["RECIPE", "--rollout.group_size=1"], "grpo compares a prompt's completions"),
-        (["RECIPE", "--prompts.path=x.jsonl"], "give either prompts.path or prompts.task"),
+        (["RECIPE", "--prompts.path=x.jsonl"], "give one of prompts.path, prompts.sources"),
     ],
 )
 def test_mistakes_are_one_line(recipe_file, capsys, arguments, message):
