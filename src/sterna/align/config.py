@@ -123,6 +123,11 @@ class AlgorithmSection(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3", description="in the loss; in the reward it is k1"
     )
+    kl_unbiased: bool = Field(
+        default=True,
+        description="k1 and k3 in the loss times the ratio: their mean gradient is then the KL's, "
+        "as k2's is; false = DeepSeekMath's, k3's is then that of KL(reference || policy)",
+    )
     kl_target: float | None = Field(
         default=None, gt=0, description="nats a completion; adapts kl_coef (arXiv 1909.08593)"
     )

@@ -170,9 +170,7 @@ class Learner:
         )
         loss = found.loss
         if part.ref is not None:
-            kind = self._settings.kl_estimator
-            safe = torch.where(part.layout.mask, logprobs - part.ref, 0.0)
-            kl = (part.weights * kl_estimate(safe, torch.zeros_like(safe), kind)).sum()
+            kl = _kl(part, part.ref, logprobs, self._settings)
             logs["kl_loss"] += float(kl.detach())
             if kl_place(self._settings) == "loss" and kl_coef:
                 loss = loss + kl_coef * kl
@@ -220,6 +218,16 @@ class _Part:
     ref: Tensor | None
     values: Tensor | None
     returns: Tensor | None
+
+
+def _kl(part: _Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+    """The weighted KL to the reference: a scalar with a graph."""
+    mask = part.layout.mask
+    d = torch.where(mask, logprobs - ref, 0.0)
+    kl = kl_estimate(d, torch.zeros_like(d), settings.kl_estimator)
+    if settings.kl_unbiased and settings.kl_estimator != "k2":
+        kl = kl * torch.where(mask, logprobs - part.old, 0.0).exp()
+    return (part.weights * kl).sum()
 
 
 def _rows(layout: Layout, chosen: Sequence[int]) -> Tensor:
