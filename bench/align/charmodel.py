@@ -50,20 +50,26 @@ def write_config(path: Path, num_tokens: int, hidden: int, layers: int) -> None:
 def pretrain(
     folder: Path,
     characters: str,
-    lines: Iterable[str],
+    lines: Iterable[tuple[str, str]],
     *,
     hidden: int,
     layers: int,
     steps: int,
     seed: int,
     lr: float = 3e-3,
+    rows: int = 4,
 ) -> Path:
-    """The model after `steps` steps of 2,048 tokens; called again with more steps it goes on."""
-    if not (folder / "lines.txt").exists():
+    """The model after `steps` steps of `rows` times 512 tokens; with more steps it goes on.
+
+    `lines`: what is given and what is learnt to follow it.
+    """
+    path = folder / "lines.jsonl"
+    if not path.exists():
         write_tokenizer(folder, characters)
         write_config(folder / "config.json", len(characters) + 1, hidden, layers)
-        write_atomic(folder / "lines.txt", "\n".join(lines) + "\n")
-    source = {"path": str(folder / "lines.txt"), "documents": "line", "epochs": 0}
+        made = (json.dumps({"prompt": given, "completion": rest}) for given, rest in lines)
+        write_atomic(path, "\n".join(made) + "\n")
+    source = {"path": str(path), "epochs": 0, "render": "plain"}
     recipe = Recipe.model_validate(
         {
             "kind": "pretrain",
@@ -78,8 +84,8 @@ def pretrain(
             "run": {
                 "output": folder / "run",
                 "steps": steps,
-                "rows_per_step": 4,
-                "micro_rows": 4,
+                "rows_per_step": rows,
+                "micro_rows": rows,
                 "seed": seed,
                 "threads": 1,
             },

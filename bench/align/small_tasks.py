@@ -25,7 +25,8 @@ _LINES = 20_000
 def _prepare_walks(folder: Path, seed: int) -> Values:
     """A model of random walks in graph `seed`."""
     walks = Walks(graph=seed)
-    lines = (walks.walk(i, seed) for i in range(_LINES))
+    texts = (walks.walk(i, seed) for i in range(_LINES))
+    lines = ((text[0], text[1:]) for text in texts)
     model = pretrain(folder, NAMES[: walks.nodes], lines, hidden=64, layers=2, steps=200, seed=seed)
     return {"model": str(model), "pretraining_steps": 200}
 
@@ -49,8 +50,7 @@ def _walks_recipe(facts: Values, seed: int, variant: str) -> Values:
 def _prepare_arithmetic(folder: Path, seed: int) -> Values:
     """A model that solves about half of the held-out problems when it samples."""
     task = Arithmetic()
-    lines = ("".join(task.problem(i, seed, "train")) for i in range(_LINES))
-    kept = list(lines)
+    kept = [task.problem(i, seed, "train") for i in range(_LINES)]
     for chunk in range(1, _MOST_CHUNKS):
         steps = chunk * _CHUNK
         model = pretrain(folder, DIGITS, kept, hidden=64, layers=3, steps=steps, seed=seed, lr=2e-3)

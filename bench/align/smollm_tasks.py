@@ -24,11 +24,17 @@ def _errors(samples: Sequence[Sample]) -> Values:
     return {"relative_error": gap(samples, relative_error)}
 
 
-def _recipe(task: str, max_tokens: int, lr: float) -> Values:
-    """16 completions a step, one update: GRPO as its paper has it, without a KL term."""
+def _recipe(task: str, max_tokens: int, prompts: int, lr: float) -> Values:
+    """Groups of 8, one update a step, no KL term; cooler than 1, where one token in three is lost
+    to this model's flat distributions."""
     return {
         "prompts": {"task": task, "max_tokens": 96, "system": SYSTEM},
-        "rollout": {"prompts_per_step": 2, "group_size": 8, "max_tokens": max_tokens},
+        "rollout": {
+            "prompts_per_step": prompts,
+            "group_size": 8,
+            "max_tokens": max_tokens,
+            "temperature": 0.7,
+        },
         "algorithm": {"kind": "grpo", "micro_tokens": 1024},
         "optim": {"lr": lr},
         "schedule": {"kind": "constant", "warmup_steps": 3},
@@ -36,11 +42,14 @@ def _recipe(task: str, max_tokens: int, lr: float) -> Values:
 
 
 def _length_recipe(facts: Values, seed: int, variant: str) -> Values:
-    return _seeded(_recipe("length", 36, 2e-5), seed)
+    return _seeded(_recipe("length", 36, 4, 5e-5), seed)
 
 
 def _format_recipe(facts: Values, seed: int, variant: str) -> Values:
-    return _seeded(_recipe("format", 24, 2e-5), seed)
+    values = _seeded(_recipe("format", 24, 4, 2e-5), seed)
+    if variant == "hacking":
+        values["prompts"]["options"] = {"copies_count": 1}
+    return values
 
 
 def _seeded(values: Values, seed: int) -> Values:
@@ -64,10 +73,10 @@ FORMAT = Experiment(
     name="format",
     about="SmolLM2-135M-Instruct answers in one lower-case line inside <answer></answer>",
     steps=30,
-    variants=("grpo",),
+    variants=("grpo", "hacking"),
     prepare=_default_model,
     recipe=_format_recipe,
     probe=lambda: Probe(every=10, prompts=24, samples=2, has_greedy=False, has_trained=True),
     targets=(Target("pass@1", 0.85),),
-    shown=("pass@1", "eos_ratio", "entropy"),
+    shown=("pass@1", "sampled/gold", "eos_ratio", "entropy"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 from sterna.align.tasks.arithmetic import Arithmetic
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.format import Format
+from sterna.align.tasks.gym import Gym
 from sterna.align.tasks.length import Length
 from sterna.align.tasks.positive import Positive
 from sterna.align.tasks.walks import Walks
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "format": Format,
     "length": Length,
     "positive": Positive,
+    "reasoning-gym": Gym,
     "walks": Walks,
 }
 
