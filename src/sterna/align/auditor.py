@@ -6,10 +6,11 @@
     length      the mean length has doubled or halved since the first WINDOW steps
     repetition  the share of 4-grams that a completion has had before rose by DRIFT since then
     eos         the share of completions that end by themselves fell by DRIFT since then
-    alike       the share of completions that their group has twice rose by DRIFT since then
+    alike       less than half as many of a step's token pairs are different as then
     clipped     nearly all completions end by length
 
-Alarms follow from metrics.jsonl alone, so a resumed run and a report find the same ones.
+Alarms follow from metrics.jsonl alone, so a resumed run and a report find the same ones. They are
+written there too: {"kind": "alarm", "step": 24, "alarm": "gold", "text": ...}.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sterna.align.experience import Experience
+from sterna.align.records import METRICS, append_line
 from sterna.align.rlhooks import RlHook
 from sterna.core.log import get_logger
-from sterna.train.metrics import FILE, read_metrics
+from sterna.train.metrics import read_metrics
 
 if TYPE_CHECKING:
     from sterna.align.rltrainer import RlTrainer
@@ -41,9 +43,10 @@ _LOOK = "look at samples.jsonl, raise algorithm.kl_coef or mend the reward"
 _DRIFTS = {
     "completions/repetition": ("repetition", 1, "of a completion's 4-grams are repeats"),
     "completions/eos_ratio": ("eos", -1, "of the completions end by themselves"),
-    "completions/alike": ("alike", 1, "of the completions are in their group twice"),
 }
 _LENGTH = "completions/mean_length"
+_DISTINCT = "completions/distinct_2"
+_ALIKE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Alarm:
     step: int
     kind: str
     text: str
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Audit:
@@ -66,7 +70,7 @@ class Audit:
 
     def look(self, step: int, figures: Mapping[str, Any]) -> list[Alarm]:
         """The alarms of a step; one that goes on is told once."""
-        for name in ("reward", GOLD, _LENGTH, *_DRIFTS):
+        for name in ("reward", GOLD, _LENGTH, _DISTINCT, *_DRIFTS):
             if figures.get(name) is not None:
                 self._keep(name, float(figures[name]))
         found = dict(self._states(figures))
@@ -95,6 +99,7 @@ class Audit:
             "gold",
             f"the reward rises while the gold metric falls ({rise:+.1f} and {fall:+.1f} deviations "
             f"over {WINDOW} steps); the policy learns to please the reward: {_LOOK}",
+            {"reward": rise, "gold": fall},
         )
 
     def _states(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -111,6 +116,13 @@ class Audit:
             if sign * (now - before) > DRIFT:
                 text = f"{100 * now:.0f} % {what}, at first {100 * before:.0f} %; {_LOOK}"
                 yield kind, text
+        usual, now = self._first.get(_DISTINCT, []), figures.get(_DISTINCT)
+        if len(usual) == WINDOW and now is not None and now < _ALIKE * statistics.mean(usual):
+            yield (
+                "alike",
+                f"the completions become alike ({now:.2f} of their token pairs are different, "
+                f"{statistics.mean(usual):.2f} at first); {_LOOK}",
+            )
         before, now = self._drift(_LENGTH)
         if before > 0 and not before / 2 <= now <= before * 2:
             yield "length", f"completions are {now:.0f} tokens long, at first {before:.0f}; {_LOOK}"
@@ -134,7 +146,7 @@ class Auditor(RlHook):
     """Tells of alarms as the run goes; `alarms` are those so far."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+        self._path = folder / METRICS
         self._audit = Audit()
         self.alarms: list[Alarm] = []
 
@@ -142,7 +154,7 @@ class Auditor(RlHook):
         """Take up what a resumed run had seen; the metrics hook has cut the file by now."""
         self._audit = Audit()
         self.alarms = []
-        for line in read_metrics(self._path) if self._path.exists() else ():
+        for line in read_metrics(self._path):
             if line["kind"] == "step":
                 self.alarms += self._audit.look(line["step"], line)
 
@@ -152,6 +164,8 @@ class Auditor(RlHook):
         """Compare, and say what is new."""
         for alarm in self._audit.look(step, figures):
             self.alarms.append(alarm)
+            told = {"kind": "alarm", "step": step, "alarm": alarm.kind, "text": alarm.text}
+            append_line(self._path, {**told, **alarm.figures})
             _log.warning("step %d: %s", step, alarm.text)
 
 

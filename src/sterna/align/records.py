@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 SAMPLES = "samples.jsonl"
+METRICS = "metrics.jsonl"
 _EVERY_S = 10.0  # between lines where there is no terminal
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """One line, one write: a killed run leaves at most one torn line."""
+    """One JSON line, one write: a killed run leaves at most one torn line."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         line = json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False)
@@ -59,7 +60,7 @@ class RlMetrics(RlHook):
     """Appends to metrics.jsonl of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
 
     def on_start(self, trainer: RlTrainer) -> None:
         """Each step is in the file once."""

@@ -42,7 +42,7 @@ _TOGETHER: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("completions/min_length", "completions/mean_length", "completions/max_length"),
     ),
     ("Completions", "share of endings", ("completions/eos_ratio", "completions/clipped_ratio")),
-    ("Completions", "sameness", ("completions/repetition", "completions/alike")),
+    ("Completions", "sameness", ("completions/repetition", "completions/distinct_2")),
     (
         "Rollouts against trainer",
         "importance weight",

@@ -113,7 +113,7 @@ def figures(**changed):
     base = {
         "kind": "step", "reward": 0.0, "completions/clipped_ratio": 0.1,
         "completions/eos_ratio": 0.9, "completions/mean_length": 20.0,
-        "completions/repetition": 0.05, "completions/alike": 0.0,
+        "completions/repetition": 0.05, "completions/distinct_2": 0.8,
     }  # fmt: skip
     return {**base, **changed}
 
@@ -150,7 +150,7 @@ def test_a_gold_metric_that_falls_under_a_rising_reward_rings():
         ("length", "completions/mean_length", 20.0, 8.0),
         ("repetition", "completions/repetition", 0.05, 0.1 + DRIFT),
         ("eos", "completions/eos_ratio", 0.9, 0.6 - 0.01),
-        ("alike", "completions/alike", 0.0, 0.05 + DRIFT),
+        ("alike", "completions/distinct_2", 0.8, 0.39),
         ("clipped", "completions/clipped_ratio", 0.1, 0.95),
     ],
 )
