@@ -116,11 +116,11 @@ class Audit:
             if sign * (now - before) > DRIFT:
                 text = f"{100 * now:.0f} % {what}, at first {100 * before:.0f} %; {_LOOK}"
                 yield kind, text
-        usual, now = self._first.get(_DISTINCT, []), figures.get(_DISTINCT)
-        if len(usual) == WINDOW and now is not None and now < _ALIKE * statistics.mean(usual):
+        usual, distinct = self._first.get(_DISTINCT, []), figures.get(_DISTINCT, 1.0)
+        if len(usual) == WINDOW and distinct < _ALIKE * statistics.mean(usual):
             yield (
                 "alike",
-                f"the completions become alike ({now:.2f} of their token pairs are different, "
+                f"the completions become alike ({distinct:.2f} of their token pairs are different, "
                 f"{statistics.mean(usual):.2f} at first); {_LOOK}",
             )
         before, now = self._drift(_LENGTH)
