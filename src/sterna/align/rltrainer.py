@@ -267,6 +267,7 @@ class RlTrainer:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop=rollout.stop,
+            ignore_eos=rollout.ignore_eos,
         )
 
     def _refilled(
