@@ -15,8 +15,8 @@ from sterna.align.auditor import Auditor
 from sterna.align.config import PromptSection, RlRecipe
 from sterna.align.critic import load_critic
 from sterna.align.draw import make_draw, make_toolbox, speaks_chat
+from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
-from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream, that_fit
@@ -26,7 +26,6 @@ from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
-from sterna.align.rollout_engine import engine_config
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
@@ -56,6 +55,8 @@ FREE = (
     "run.steps",
     "run.output",
     "run.threads",
+    "run.timeout_s",
+    "rollout.workers",
     "run.dump",
     "run.samples",
     "checkpoint.*",
@@ -89,11 +90,8 @@ def build(
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     if at is None:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    rollout = recipe.rollout
-    hybrid = HybridEngine(
-        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
-    )
-    asked = that_fit(recipe.prompts, hybrid.max_model_len, rollout.max_tokens)
+    hybrid = make_engine(recipe, policy, tokenizer)
+    asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
@@ -171,7 +169,7 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
 ) -> Learner:
@@ -201,12 +199,12 @@ def _distribution(recipe: RlRecipe) -> Distribution:
     return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
 
 
-def _is_exact(recipe: RlRecipe, hybrid: HybridEngine) -> bool:
-    """Whether a rollout's log-probs are the trainer's bits: its own weights, on the CPU."""
-    return hybrid.is_exact and recipe.model.device == "cpu"
+def _is_exact(recipe: RlRecipe, hybrid: RolloutEngine) -> bool:
+    """Whether a rollout's log-probs are the trainer's bits: its present weights, on the CPU."""
+    return hybrid.is_exact and recipe.model.device == "cpu" and not recipe.rollout.staleness
 
 
-def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
+def _correction(recipe: RlRecipe, hybrid: RolloutEngine) -> str:
     asked = recipe.algorithm.correction
     if asked != "auto":
         return asked
@@ -216,7 +214,7 @@ def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
 def _models(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     learner: Learner,
     base: Path,
     device: torch.device,

@@ -94,6 +94,14 @@ class RolloutSection(Section):
         description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
         "as many as measured steps say will pay",
     )
+    staleness: int = Field(
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
+    )  # fmt: skip
+    workers: int = Field(
+        default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
+        "make the completions; 0 = the trainer's own; the same tokens",
+    )  # fmt: skip
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
@@ -213,6 +221,10 @@ class RlRunSection(Section):
     steps: int = Field(default=100, gt=0, description="rollout steps")
     seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="longest call on another process; the run then ends and "
+        "names it",
+    )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
@@ -252,6 +264,11 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.algorithm.dynamic_sampling and self.rollout.staleness:
+            raise ValueError(
+                "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
+                "from those before; leave one of them out"
+            )
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
