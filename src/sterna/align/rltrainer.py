@@ -27,8 +27,9 @@ from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
-from sterna.core.errors import CheckpointError, NonFiniteError, TrainError
+from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError, TrainError
 from sterna.core.log import get_logger
+from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
 from sterna.parallel.mesh import Mesh
 from sterna.text.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ class RlTrainer:
         self._saved_step = -1
         self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
+        self._lock = FolderLock(output)
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
         )
@@ -372,6 +374,15 @@ class RlTrainer:
             self._step.seconds[name] = self._step.seconds.get(name, 0.0) + spent
 
     def __enter__(self) -> RlTrainer:
+        """Keep the run's folder to this run. ConfigError while another process writes there."""
+        if not self._lock.take():
+            output = self.recipe.run.output
+            self.__exit__(None, None, None)
+            raise ConfigError(
+                f"another process is training into {output}; wait for it, or give another "
+                "run.output",
+                param="run.output",
+            )
         return self
 
     def __exit__(
@@ -385,6 +396,7 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self._lock.release()
         self.ahead.close()
         self.parts.draw.close()
         self.parts.hybrid.close()
