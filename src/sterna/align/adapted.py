@@ -7,7 +7,6 @@ modules and have an adapter and a score of their own. So all of them together ho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sterna.core.errors import ConfigError, ModelFileError
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
-from sterna.model.peft import CONFIG_NAME
+from sterna.model.peft import CONFIG_NAME, read_peft
 from sterna.model.save import hf_config
 from sterna.model.value import HEAD_NAME, SCORE, ValueModel
 from sterna.model.weights import split_parts
@@ -104,19 +103,18 @@ def is_adapter_folder(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
-def shared_reward(path: Path, recipe: RlRecipe, policy: Decoder) -> ValueModel:
-    """The reward model of an adapter's folder, on the policy's base.
+def adapted_reward(path: Path, recipe: RlRecipe, policy: Decoder | None) -> ValueModel:
+    """The reward model of an adapter's folder, on the policy's base where that is its own.
 
-    ConfigError when the policy has no adapter or another base, ModelFileError without a score.
+    Errors as the loaders'; ModelFileError without a score.
     """
-    named = json.loads((path / CONFIG_NAME).read_text()).get("base_model_name_or_path")
-    if recipe.adapter is None or resolve_model(named or "") != resolve_model(recipe.model.path):
-        raise ConfigError(
-            f"rewards.path {path} is an adapter of {named or 'the default model'}; it is read "
-            "beside a policy with an [adapter] on that model. Merge it to read it alone",
-            param="rewards.path",
-        )
-    model = ValueModel(twin(policy))
+    named = resolve_model(read_peft(path).config.get("base_model_name_or_path") or "")
+    is_shared = recipe.adapter is not None and named == resolve_model(recipe.model.path)
+    if policy is not None and is_shared:
+        trunk = twin(policy)
+    else:
+        trunk = load_model(named, recipe.model.dtype, recipe.model.device).decoder
+    model = ValueModel(trunk)
     assert isinstance(model.trunk, Decoder)
     load_adapter(model.trunk, path)
     try:

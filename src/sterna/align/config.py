@@ -20,7 +20,7 @@ from sterna.train.config import (
     Section,
 )
 
-Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce", "distill"]
 
 
 class PromptSection(Section):
@@ -93,6 +93,14 @@ class RolloutSection(Section):
         description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
         "as many as measured steps say will pay",
     )
+    staleness: int = Field(
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
+    )  # fmt: skip
+    workers: int = Field(
+        default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
+        "make the completions; 0 = the trainer's own; the same tokens",
+    )  # fmt: skip
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
@@ -116,8 +124,9 @@ class AlgorithmSection(Section):
     """From rewards to gradients."""
 
     kind: Algorithm = Field(
-        default="grpo", description="ppo (critic, GAE), grpo, rloo, or reinforce (batch baseline)"
-    )
+        default="grpo", description="ppo (critic, GAE), grpo, rloo, reinforce (batch baseline), or "
+        "distill (a teacher instead of rewards; see [distill])",
+    )  # fmt: skip
     kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["auto", "reward", "loss"] = Field(
         default="auto", description="auto = reward for ppo, rloo and reinforce, loss for grpo"
@@ -174,6 +183,25 @@ class AlgorithmSection(Section):
     correction_low: float = Field(default=0.0, ge=0, description="bottom of the masks")
 
 
+class DistillSection(Section):
+    """Whom a student learns from, on what it writes itself."""
+
+    teacher: str = Field(default="", description="model with the student's tokenizer")
+    loss: Literal["full", "sampled"] = Field(
+        default="full", description="divergence over the vocabulary, or log p - log q of each "
+        "sampled token as its advantage (other vocabulary sizes)",
+    )  # fmt: skip
+    beta: float = Field(
+        default=1.0, ge=0, le=1, description="full: 1 = KL(student || teacher), 0 = KL(teacher || "
+        "student), between them GKD's divergence (arXiv 2306.13649)",
+    )  # fmt: skip
+    lmbda: float = Field(
+        default=1.0, ge=0, le=1, description="full: share of prompts that the student answers "
+        "itself; the others teach the rows' `completion`",
+    )  # fmt: skip
+    temperature: float = Field(default=1.0, gt=0, description="full: of both distributions")
+
+
 class CriticSection(Section):
     """PPO's value function."""
 
@@ -216,6 +244,10 @@ class RlRunSection(Section):
     steps: int = Field(default=100, gt=0, description="rollout steps")
     seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="longest call on another process; the run then ends and "
+        "names it",
+    )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
@@ -242,6 +274,7 @@ class RlRecipe(Section):
     adapter: AdapterConfig | None = Field(
         default=None, description="the policy is a frozen base with this adapter"
     )
+    distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
@@ -260,6 +293,16 @@ class RlRecipe(Section):
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
         if self.adapter is not None:
             _check_adapter(self.adapter)
+        if self.algorithm.dynamic_sampling and self.rollout.staleness:
+            raise ValueError(
+                "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
+                "from those before; leave one of them out"
+            )
+        if kind == "distill":
+            _check_distill(self)
+            return self
+        if self.distill.teacher:
+            raise ValueError('distill.teacher is read by algorithm.kind = "distill" only')
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
@@ -276,4 +319,22 @@ def _check_adapter(adapter: AdapterConfig) -> None:
         raise ValueError(
             "adapter.dropout is above 0: a training step would not score what the policy drew; "
             "leave it out"
+        )
+
+
+def _check_distill(recipe: RlRecipe) -> None:
+    """ValueError for settings of rewards' learning that distillation does not read."""
+    if not recipe.distill.teacher:
+        raise ValueError('algorithm.kind = "distill" needs distill.teacher')
+    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+        raise ValueError("distill has no reference beside its teacher; leave algorithm.kl_* out")
+    if recipe.distill.lmbda < 1 and recipe.rollout.staleness:
+        raise ValueError(
+            "distill.lmbda < 1 asks the student in training; set rollout.staleness = 0"
+        )
+    is_cut = recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0
+    if recipe.distill.loss == "sampled" and (is_cut or recipe.distill.lmbda < 1):
+        raise ValueError(
+            'distill.loss = "sampled" reads tokens drawn from all of the student\'s distribution; '
+            "set rollout.top_p = 1, rollout.top_k = 0 and distill.lmbda = 1"
         )

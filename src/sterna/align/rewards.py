@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sterna.align.adapted import is_adapter_folder, shared_reward
+from sterna.align.adapted import adapted_reward, is_adapter_folder
 from sterna.align.config import RewardSection, RlRecipe
 from sterna.align.critic import check_tokenizer
 from sterna.align.reward import Reward, RewardSum, Sample
@@ -34,7 +34,7 @@ def make_rewards(
     own: Sequence[Reward],
     task: Task | None,
     tokenizer: Tokenizer,
-    policy: Decoder,
+    policy: Decoder | None = None,
 ) -> RewardSum:
     """The recipe's rewards, or the caller's; a task's gold metric is logged beside them."""
     if own:
@@ -42,7 +42,11 @@ def make_rewards(
             (r, RewardSection(kind="function")) for r in own
         ]
     else:
-        pairs = [(_reward(s, task, recipe, tokenizer, policy), s) for s in recipe.rewards]
+        pairs = [
+            (_reward(section, task, recipe, tokenizer, policy), section)
+            for section in recipe.rewards
+            if section.kind != "task" or task is not None  # only distillation does without
+        ]
     if task is not None and task.gold(()) is not None:
         pairs.append((_Named("gold", task.gold), RewardSection(weight=0.0)))
     return RewardSum(pairs)
@@ -53,7 +57,7 @@ def _reward(
     task: Task | None,
     recipe: RlRecipe,
     tokenizer: Tokenizer,
-    policy: Decoder,
+    policy: Decoder | None,
 ) -> Reward:
     match section.kind:
         case "task":
@@ -67,7 +71,7 @@ def _reward(
             path = resolve_model(section.path)
             check_tokenizer(path, tokenizer, "rewards.path")
             if is_adapter_folder(path):
-                model = shared_reward(path, recipe, policy)
+                model = adapted_reward(path, recipe, policy)
             else:
                 model = load_value_model(path, recipe.model.dtype, recipe.model.device)
             return ModelReward(model, recipe.algorithm.micro_tokens)

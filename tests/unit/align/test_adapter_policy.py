@@ -292,3 +292,13 @@ def test_a_reward_model_of_the_same_base_is_an_adapter_beside_the_policy(tmp_pat
     batch = rollout_batch(rollouts, torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(reward._model.values(batch), reward_model.values(batch))
+
+
+def test_other_processes_are_sent_the_adapter_alone_and_draw_the_same(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, workers in ((one, 0), (two, 1)):
+        folder.mkdir()
+        values = adapted(folder, rollout={"workers": workers}, run={"steps": 2})
+        align_rl(values, rewards=[Low()])
+    found = [load_file(f / "run" / "model" / WEIGHTS_NAME) for f in (one, two)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
