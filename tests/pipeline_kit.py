@@ -155,13 +155,13 @@ def values(folder: Path) -> dict[str, Any]:
         "sft": {
             "kind": "pretrain",
             "optim": {"lr": 3e-3},
-            "run": {"steps": 100, "rows_per_step": 8, "micro_rows": 8},
+            "run": {"steps": 60, "rows_per_step": 8, "micro_rows": 8},
             "checkpoint": {"every": 20},
             "log": {"tensorboard": False, "report": False, "peak_tflops": 0.1},
         },
         "reward": {
             "optim": {"lr": 1e-3},
-            "run": {"steps": 60, "rows_per_step": 8, "micro_rows": 8},
+            "run": {"steps": 40, "rows_per_step": 8, "micro_rows": 8},
             "checkpoint": {"every": 20},
             "log": {"tensorboard": False, "report": False, "peak_tflops": 0.1},
         },

@@ -20,6 +20,7 @@ from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream
+from sterna.align.ptx import make_ptx
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
@@ -187,6 +188,7 @@ def _learner(
         _correction(recipe, hybrid),
         recipe.run.seed,
         device,
+        make_ptx(recipe.ptx, policy, tokenizer, device),
     )
 
 
