@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ from torch import Tensor
 from sterna.align.auditor import Auditor
 from sterna.align.config import RlRecipe
 from sterna.align.critic import load_critic
-from sterna.align.draw import make_draw, make_toolbox, speaks_chat
+from sterna.align.distill.learner import DistillLearner
+from sterna.align.distill.teach import GivenDraw, load_teacher
+from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
+from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
-from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream
@@ -27,10 +29,10 @@ from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
-from sterna.align.rollout_engine import engine_config
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
+from sterna.align.tools.toolbox import Toolbox
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
@@ -57,6 +59,8 @@ FREE = (
     "run.steps",
     "run.output",
     "run.threads",
+    "run.timeout_s",
+    "rollout.workers",
     "run.dump",
     "run.samples",
     "checkpoint.*",
@@ -90,11 +94,9 @@ def build(
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
     if at is None:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    rollout = recipe.rollout
-    hybrid = HybridEngine(
-        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
-    )
-    learner = _learner(recipe, policy, hybrid, tokenizer, device)
+    hybrid = make_engine(recipe, policy, tokenizer)
+    teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
+    learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
@@ -104,8 +106,8 @@ def build(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            draw=make_draw(recipe, hybrid, tokenizer, toolbox),
-            models=_models(recipe, policy, hybrid, learner, base, device),
+            draw=_draw(recipe, policy, hybrid, tokenizer, toolbox),
+            models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
@@ -171,16 +173,20 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
         path = recipe.critic.path or recipe.model.path
         model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
-    return Learner(
+    kind: Callable[..., Learner] = Learner
+    if teacher is not None and recipe.distill.loss == "full":
+        kind = partial(DistillLearner, teacher, recipe.distill)
+    return kind(
         _trained(policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
@@ -202,12 +208,12 @@ def _distribution(recipe: RlRecipe) -> Distribution:
     return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
 
 
-def _is_exact(recipe: RlRecipe, hybrid: HybridEngine) -> bool:
-    """Whether a rollout's log-probs are the trainer's bits: its own weights, on the CPU."""
-    return hybrid.is_exact and recipe.model.device == "cpu"
+def _is_exact(recipe: RlRecipe, hybrid: RolloutEngine) -> bool:
+    """Whether a rollout's log-probs are the trainer's bits: its present weights, on the CPU."""
+    return hybrid.is_exact and recipe.model.device == "cpu" and not recipe.rollout.staleness
 
 
-def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
+def _correction(recipe: RlRecipe, hybrid: RolloutEngine) -> str:
     asked = recipe.algorithm.correction
     if asked != "auto":
         return asked
@@ -217,10 +223,11 @@ def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
 def _models(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     learner: Learner,
     base: Path,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Models:
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
@@ -229,12 +236,28 @@ def _models(
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)
+    elif teacher is not None and recipe.distill.loss == "sampled":
+        reference = partial(scored, teacher)
     critic = learner.critic
     return Models(
         policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
         reference=reference,
         critic=None if critic is None else partial(_values, critic.model, recipe, device),
     )
+
+
+def _draw(
+    recipe: RlRecipe,
+    policy: Decoder,
+    hybrid: RolloutEngine,
+    tokenizer: Tokenizer,
+    toolbox: Toolbox | None,
+) -> Draw:
+    draw, share = make_draw(recipe, hybrid, tokenizer, toolbox), recipe.distill.lmbda
+    if share == 1:
+        return draw
+    scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
+    return GivenDraw(draw, share, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -271,7 +294,7 @@ def _controller(recipe: RlRecipe) -> KLController:
 
 def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     folder = recipe.run.output
-    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor()]
+    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
     return hooks

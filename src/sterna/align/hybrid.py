@@ -125,6 +125,9 @@ class HybridEngine:
             self._requantise()
         self.version += 1
 
+    def prepare(self) -> None:
+        """Engines of other processes take the weights here; this one reads them where they are."""
+
     def sleep(self) -> None:
         """Give the KV cache's memory back; the next rollout takes it again by itself."""
         if self._engine.has_work:

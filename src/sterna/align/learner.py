@@ -146,7 +146,7 @@ class Learner:
         layout = _chosen_layout(experience.layout, chosen)
         return token_weights(layout, self._settings.aggregate, max_tokens)
 
-    def _policy_step(self, parts: Sequence[_Part], kl_coef: float, lr: float) -> dict[str, float]:
+    def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         self.policy.gradients.begin(len(parts) + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
@@ -157,7 +157,7 @@ class Learner:
         logs["grad_norm"] = self.policy.update(lr, "policy")
         return dict(logs)
 
-    def _policy_micro(self, part: _Part, kl_coef: float, logs: dict[str, float]) -> None:
+    def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
         model: TrainModel = self.policy.model
         logprobs, entropy = completion_logprobs(
             model, part.rollouts, self._distribution, device=self._device
@@ -192,7 +192,7 @@ class Learner:
         logs["ratio/min"] = min(logs.get("ratio/min", math.inf), float(found.ratio_min))
         logs["approx_kl"] += float(found.approx_kl)
 
-    def _critic_step(self, critic: Trained, parts: Sequence[_Part], lr: float) -> dict[str, float]:
+    def _critic_step(self, critic: Trained, parts: Sequence[Part], lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         critic.gradients.begin(len(parts))
         for part in parts:
@@ -211,7 +211,7 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """The completions of one micro-batch; fields [n] of the experience."""
 
     rollouts: tuple[Rollout, ...]
@@ -225,7 +225,7 @@ class _Part:
     returns: Tensor | None
 
 
-def _kl(part: _Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+def _kl(part: Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
     """The weighted KL to the reference: a scalar with a graph."""
     mask = part.layout.mask
     d = torch.where(mask, logprobs - ref, 0.0)
@@ -249,7 +249,7 @@ def _chosen_layout(layout: Layout, chosen: Sequence[int]) -> Layout:
 
 def _cut(
     experience: Experience, chosen: Sequence[int], weights: Tensor, micro_tokens: int
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """The minibatch in micro-batches of at most `micro_tokens` tokens, prompts included."""
     at, micro, room = 0, list[int](), 0
     cuts: list[tuple[list[int], int]] = []
@@ -266,10 +266,10 @@ def _cut(
         yield _part(experience, members, weights, begin)
 
 
-def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> _Part:
+def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> Part:
     rows = _rows(experience.layout, members)
     take: Callable[[Tensor | None], Any] = lambda x: None if x is None else x[rows]  # noqa: E731
-    return _Part(
+    return Part(
         rollouts=tuple(experience.rollouts[i] for i in members),
         layout=_chosen_layout(experience.layout, members),
         weights=weights[begin : begin + len(rows)],

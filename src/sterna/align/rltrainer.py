@@ -12,12 +12,14 @@ from types import TracebackType
 
 import torch
 
+from sterna.align.ahead import Ahead
 from sterna.align.beside import publish_beside
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
+from sterna.align.engines import RolloutEngine
 from sterna.align.experience import Experience, Models, make_experience, share_without_spread
 from sterna.align.figures import draft_figures, step_figures
-from sterna.align.hybrid import HybridEngine, Sampling
+from sterna.align.hybrid import Sampling
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner
 from sterna.align.prompts import Prompt, PromptStream
@@ -26,8 +28,9 @@ from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
-from sterna.core.errors import NonFiniteError, TrainError
+from sterna.core.errors import ConfigError, NonFiniteError, TrainError
 from sterna.core.log import get_logger
+from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
 from sterna.parallel.mesh import Mesh
 from sterna.text.tokenizer import Tokenizer
@@ -46,7 +49,7 @@ class RlParts:
 
     recipe: RlRecipe
     tokenizer: Tokenizer
-    hybrid: HybridEngine
+    hybrid: RolloutEngine
     draw: Draw
     models: Models
     learner: Learner
@@ -82,7 +85,9 @@ class RlTrainer:
         self.last_eval: dict[str, float] = {}
         self._step = _Step()
         self._saved_step = -1
+        self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
+        self._lock = FolderLock(output)
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
         )
@@ -106,17 +111,35 @@ class RlTrainer:
         """The prompts of the step."""
         self._step = _Step()
         with self._timed("prompts"):
-            return self.parts.prompts.take(self.recipe.rollout.prompts_per_step)
+            return self.ahead.prompts or self._take_prompts()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The completions, by prompt and sample; then the KV cache's memory is free to train in."""
         with self._timed("generate"):
-            rollouts = self._draw(prompts, attempt=0)
+            is_queued = self.ahead.prompts is not None
+            rollouts = self.ahead.take() if is_queued else self._draw_now(prompts)
+            self._begin_next_step()
             self.parts.hybrid.sleep()
             if self.recipe.rollout.speculation:
                 self._step.noted |= draft_figures(self.parts.hybrid.drafts.take())
         self._step.drawn = rollouts
+        if self.recipe.rollout.staleness:
+            now = self.parts.hybrid.version
+            ages = [now - rollout.policy_version for rollout in rollouts]
+            self._step.noted["sampling/staleness"] = sum(ages) / len(ages)
         return rollouts
+
+    def _begin_next_step(self) -> None:
+        """With staleness: have the next step's completions drawn by the weights as they are."""
+        step = self.counters.step + 1
+        if self.recipe.rollout.staleness and step < self.recipe.run.steps:
+            position = self.parts.prompts.position
+            prompts = self._take_prompts()
+            self.parts.hybrid.prepare()
+            self.ahead.begin(prompts, position, step)
+
+    def _take_prompts(self) -> list[Prompt]:
+        return self.parts.prompts.take(self.recipe.rollout.prompts_per_step)
 
     def reward(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Rewards:
         """What they are worth. RewardError where a reward fails and the run has to stop."""
@@ -200,10 +223,12 @@ class RlTrainer:
         if stream is None:
             return {}
         settings = self.recipe.eval
+        self.ahead.wait()
         stream.position = 0
         prompts = stream.take(settings.prompts)
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
+        self.parts.hybrid.prepare()
         rollouts = self.parts.draw(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
@@ -256,9 +281,13 @@ class RlTrainer:
             checkpoint=latest,
         )
 
-    def _draw(self, prompts: Sequence[Prompt], attempt: int) -> list[Rollout]:
+    def _draw_now(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
+        self.parts.hybrid.prepare()
+        return self._draw(prompts, self.counters.step, attempt)
+
+    def _draw(self, prompts: Sequence[Prompt], step: int, attempt: int = 0) -> list[Rollout]:
         seed = self.recipe.run.seed
-        seeds = [mix(seed, self.counters.step, prompt.index, attempt) for prompt in prompts]
+        seeds = [mix(seed, step, prompt.index, attempt) for prompt in prompts]
         sampling = self._sampling(self.recipe.rollout.temperature)
         return self.parts.draw(prompts, self.recipe.rollout.group_size, sampling, seeds)
 
@@ -281,7 +310,7 @@ class RlTrainer:
                 break
             flat = _flat_groups(rollouts, rewards)
             with self._timed("generate"):
-                again = self._draw([prompts[i] for i in flat], attempt)
+                again = self._draw_now([prompts[i] for i in flat], attempt)
                 self.parts.hybrid.sleep()
             moved = [replace(rollout, prompt_idx=flat[rollout.prompt_idx]) for rollout in again]
             kept = [i for i, rollout in enumerate(rollouts) if rollout.prompt_idx not in flat]
@@ -320,6 +349,15 @@ class RlTrainer:
             self._step.seconds[name] = self._step.seconds.get(name, 0.0) + spent
 
     def __enter__(self) -> RlTrainer:
+        """Keep the run's folder to this run. ConfigError while another process writes there."""
+        if not self._lock.take():
+            output = self.recipe.run.output
+            self.__exit__(None, None, None)
+            raise ConfigError(
+                f"another process is training into {output}; wait for it, or give another "
+                "run.output",
+                param="run.output",
+            )
         return self
 
     def __exit__(
@@ -333,6 +371,8 @@ class RlTrainer:
         self._checkpointer.close()
         if self.parts.learner.ptx is not None:
             self.parts.learner.ptx.close()
+        self._lock.release()
+        self.ahead.close()
         self.parts.draw.close()
         self.parts.hybrid.close()
 
