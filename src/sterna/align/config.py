@@ -267,6 +267,7 @@ class RlRunSection(Section):
         "names it",
     )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
+    report: bool = Field(default=True, description="write report.html when the run ends")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
 
@@ -276,6 +277,16 @@ class RlEvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evals; 0 = none")
     prompts: int = Field(default=32, gt=0, description="held-out prompts of one eval")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
+
+
+class ShowSection(Section):
+    """How answers to fixed prompts change over the steps: answers.html."""
+
+    every: int = Field(default=0, ge=0, description="steps between them; 0 = not shown")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="texts that are answered; empty = held-out prompts, with rewards"
+    )
+    count: int = Field(default=4, gt=0, description="how many held-out prompts")
 
 
 class RlRecipe(Section):
@@ -299,6 +310,7 @@ class RlRecipe(Section):
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()
+    show: ShowSection = ShowSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RlRecipe:

@@ -133,7 +133,12 @@ class Learner:
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
-        return {name: _merged(name, values) for name, values in logs.items()}
+        found = {name: _merged(name, values) for name, values in logs.items()}
+        low, high = logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"]
+        if low and high:
+            found["clip_ratio/low_min"], found["clip_ratio/high_max"] = min(low), max(high)
+            found["clip_ratio/region_mean"] = (sum(low) + sum(high)) / len(low)
+        return found
 
     def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
         order = Permutation(count, mix(self._seed, step, epoch)) if count else None

@@ -25,6 +25,7 @@ class RlCounters:
 
     step: int = 0
     num_completions: int = 0
+    num_tokens: int = 0  # of prompts and completions
     seconds: float = 0.0
 
 

@@ -50,7 +50,8 @@ class RlParts:
     recipe: RlRecipe
     tokenizer: Tokenizer
     hybrid: RolloutEngine
-    draw: Draw
+    draw: Draw  # a step's completions
+    ask: Draw  # those of evals and shown answers: the policy's own
     models: Models
     learner: Learner
     ema: Ema | None
@@ -202,6 +203,7 @@ class RlTrainer:
         """Count, tell the hooks, which log, evaluate and save."""
         self.counters.step += 1
         self.counters.num_completions += len(experience.rollouts)
+        self.counters.num_tokens += sum(rollout.num_tokens for rollout in self._step.drawn)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
             experience,
@@ -209,6 +211,7 @@ class RlTrainer:
             {**self._step.noted, **self._step.learnt},
             self._step.seconds,
         )
+        self.last["num_tokens"] = float(self.counters.num_tokens)
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
         every = self.recipe.eval.every
@@ -237,7 +240,7 @@ class RlTrainer:
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
         self.parts.hybrid.prepare()
-        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
+        rollouts = self.parts.ask(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -247,6 +250,14 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.on_eval(self, self.counters.step, self.last_eval)
         return self.last_eval
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The policy's greedy answers, for hooks."""
+        self.ahead.wait()
+        self.parts.hybrid.prepare()
+        rollouts = self.parts.ask(prompts, 1, self._sampling(0.0), [0] * len(prompts))
+        self.parts.hybrid.sleep()
+        return rollouts
 
     def samples(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Rollouts as rewards see them."""
@@ -334,8 +345,8 @@ class RlTrainer:
             return
         d = experience.old_logprobs - experience.ref_logprobs
         kl = float(experience.layout.sums(d).mean())
+        self._step.learnt["kl_coef"] = self.parts.kl.coef  # of this step
         self.parts.kl.update(kl, len(experience.rollouts))
-        self._step.learnt["kl_coef"] = self.parts.kl.coef
 
     def _explained(self, error: NonFiniteError) -> NonFiniteError:
         """Save what is whole before the run ends."""
