@@ -26,6 +26,7 @@ from sterna.align.loss import (
     rollout_correction,
     value_loss,
 )
+from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
 from sterna.core.errors import NonFiniteError
@@ -91,9 +92,11 @@ class Learner:
         correction: str,
         seed: int,
         device: torch.device,
+        ptx: Ptx | None = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
+        self.ptx = ptx
         self._settings = settings
         self._distribution = distribution
         self._correction: Any = correction
@@ -150,10 +153,12 @@ class Learner:
 
     def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
-        self.policy.gradients.begin(len(parts))
+        self.policy.gradients.begin(len(parts) + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
             self.policy.gradients.add()
+        if self.ptx is not None:
+            logs["ptx_loss"] = self.ptx.add(self.policy)
         logs["grad_norm"] = self.policy.update(lr, "policy")
         return dict(logs)
 

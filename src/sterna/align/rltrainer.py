@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from sterna.align.ahead import Ahead
+from sterna.align.beside import publish_beside
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
 from sterna.align.engines import RolloutEngine
@@ -171,8 +172,9 @@ class RlTrainer:
     def learn(self, experience: Experience) -> None:
         """Update policy and critic; the engine then serves the new policy."""
         recipe, step = self.recipe, self.counters.step
-        lr = lr_at(step, recipe.optim.lr, recipe.schedule, recipe.run.steps)
-        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, recipe.run.steps)
+        total = recipe.schedule.total_steps or recipe.run.steps
+        lr = lr_at(step, recipe.optim.lr, recipe.schedule, total)
+        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, total)
         has_critic = self.parts.learner.critic is not None
         trains_policy = not has_critic or step >= recipe.critic.warmup_steps
         self._step.is_learning = True
@@ -285,6 +287,7 @@ class RlTrainer:
         output = self.recipe.run.output
         if latest is not None:
             publish(latest, output / "model")
+            publish_beside(self.parts, latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
         return RlResult(
@@ -407,6 +410,8 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        if self.parts.learner.ptx is not None:
+            self.parts.learner.ptx.close()
         self._lock.release()
         self.ahead.close()
         self.parts.draw.close()
