@@ -20,6 +20,7 @@ from sterna.align.experience import Models
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream
+from sterna.align.ranks import NoReward, on_main, threads_of_rank
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
@@ -37,6 +38,7 @@ from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
+from sterna.parallel.mesh import Mesh
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
 from sterna.train import checkpoint
@@ -70,14 +72,17 @@ def build(
     rewards: Sequence[Reward] = (),
     hooks: Sequence[RlHook] = (),
     at: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> RlTrainer:
     """Everything `align_rl` needs, ready to start. Errors as `align_rl`.
 
     `at`: a checkpoint to go on from, not the newest; the run's folder is then left as it is.
+    `mesh`: the ranks, of which the first alone writes and rewards.
     """
+    mesh = mesh or Mesh.single(recipe.model.device)
     check_device(recipe.model.device)
-    set_threads(recipe.run.threads)
-    source = at or _source(recipe, resume)
+    set_threads(recipe.run.threads or threads_of_rank())
+    source = at or on_main(mesh, lambda: _source(recipe, resume))
     if source is not None:
         _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
@@ -88,7 +93,7 @@ def build(
     )
     start = source or base
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
-    if at is None:
+    if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
     learner = _learner(recipe, policy, hybrid, tokenizer, device)
@@ -96,6 +101,7 @@ def build(
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
+    asked = rewards if mesh.is_main else [NoReward()]
     return RlTrainer(
         RlParts(
             recipe=recipe,
@@ -107,9 +113,9 @@ def build(
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
             eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
-            rewards=make_rewards(recipe, rewards, task, tokenizer),
+            rewards=make_rewards(recipe, asked, task, tokenizer),
             kl=_controller(recipe),
-            hooks=(*_builtin_hooks(recipe), *hooks),
+            hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
             source=source,
         )

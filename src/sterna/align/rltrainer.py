@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from sterna.align.experience import Experience, Models, make_experience, share_w
 from sterna.align.figures import draft_figures, step_figures
 from sterna.align.hybrid import Sampling
 from sterna.align.kl import KLController
-from sterna.align.learner import Learner
+from sterna.align.learner import Learns
 from sterna.align.prompts import Prompt, PromptStream
 from sterna.align.reward import Rewards, RewardSum, Sample
 from sterna.align.rlhooks import RlHook
@@ -50,7 +50,7 @@ class RlParts:
     hybrid: RolloutEngine
     draw: Draw
     models: Models
-    learner: Learner
+    learner: Learns
     ema: Ema | None
     prompts: PromptStream
     eval_prompts: PromptStream | None
@@ -81,6 +81,7 @@ class RlTrainer:
         self.outcome: RlOutcome | None = None
         self.last: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self.tell_end: Callable[[RlResult], object] = lambda result: None  # to other ranks
         self._step = _Step()
         self._saved_step = -1
         self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
@@ -266,7 +267,7 @@ class RlTrainer:
             publish(latest, output / "model")
         for hook in self.parts.hooks:
             hook.on_end(self)
-        return RlResult(
+        result = RlResult(
             outcome=self.outcome or "done",
             steps=self.counters.step,
             reward=self.last.get("reward"),
@@ -275,6 +276,8 @@ class RlTrainer:
             model=output / "model",
             checkpoint=latest,
         )
+        self.tell_end(result)
+        return result
 
     def _draw_now(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
         self.parts.hybrid.prepare()
