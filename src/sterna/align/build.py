@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from torch import Tensor
 from sterna.align.auditor import Auditor
 from sterna.align.config import RlRecipe
 from sterna.align.critic import load_critic
-from sterna.align.draw import make_draw, make_toolbox, speaks_chat
+from sterna.align.distill.learner import DistillLearner
+from sterna.align.distill.teach import GivenDraw, load_teacher
+from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
 from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
 from sterna.align.kl import KLController
@@ -30,6 +32,7 @@ from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
+from sterna.align.tools.toolbox import Toolbox
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
@@ -96,7 +99,8 @@ def build(
     if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
-    learner = _learner(recipe, policy, hybrid, tokenizer, device)
+    teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
+    learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
@@ -107,8 +111,8 @@ def build(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            draw=make_draw(recipe, hybrid, tokenizer, toolbox),
-            models=_models(recipe, policy, hybrid, learner, base, device),
+            draw=_draw(recipe, policy, hybrid, tokenizer, toolbox),
+            models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
@@ -118,7 +122,8 @@ def build(
             hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
             source=source,
-        )
+        ),
+        mesh.is_main,
     )
 
 
@@ -177,13 +182,17 @@ def _learner(
     hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
         path = recipe.critic.path or recipe.model.path
         model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
-    return Learner(
+    kind: Callable[..., Learner] = Learner
+    if teacher is not None and recipe.distill.loss == "full":
+        kind = partial(DistillLearner, teacher, recipe.distill)
+    return kind(
         _trained(policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
@@ -223,6 +232,7 @@ def _models(
     learner: Learner,
     base: Path,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Models:
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
@@ -231,12 +241,28 @@ def _models(
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)
+    elif teacher is not None and recipe.distill.loss == "sampled":
+        reference = partial(scored, teacher)
     critic = learner.critic
     return Models(
         policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
         reference=reference,
         critic=None if critic is None else partial(_values, critic.model, recipe, device),
     )
+
+
+def _draw(
+    recipe: RlRecipe,
+    policy: Decoder,
+    hybrid: RolloutEngine,
+    tokenizer: Tokenizer,
+    toolbox: Toolbox | None,
+) -> Draw:
+    draw, share = make_draw(recipe, hybrid, tokenizer, toolbox), recipe.distill.lmbda
+    if share == 1:
+        return draw
+    scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
+    return GivenDraw(draw, share, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -273,7 +299,7 @@ def _controller(recipe: RlRecipe) -> KLController:
 
 def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     folder = recipe.run.output
-    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor()]
+    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
     return hooks

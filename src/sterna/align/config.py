@@ -19,7 +19,7 @@ from sterna.train.config import (
     Section,
 )
 
-Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce", "distill"]
 
 
 class PromptSection(Section):
@@ -83,8 +83,9 @@ class RolloutSection(Section):
     stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
     weights: str = Field(
         default="policy",
-        description="policy = the trainer's own; fp6, int8, ... = a quantised copy, made anew "
-        "after each step, its mismatch corrected",
+        description="policy = the trainer's own; packed = a copy of the same bits that is read "
+        "faster; fp6, int8, ... = a quantised copy. Copies are made anew after each step, a "
+        "quantised one's mismatch is corrected",
     )
     speculation: bool = Field(
         default=False,
@@ -122,8 +123,9 @@ class AlgorithmSection(Section):
     """From rewards to gradients."""
 
     kind: Algorithm = Field(
-        default="grpo", description="ppo (critic, GAE), grpo, rloo, or reinforce (batch baseline)"
-    )
+        default="grpo", description="ppo (critic, GAE), grpo, rloo, reinforce (batch baseline), or "
+        "distill (a teacher instead of rewards; see [distill])",
+    )  # fmt: skip
     kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["auto", "reward", "loss"] = Field(
         default="auto", description="auto = reward for ppo, rloo and reinforce, loss for grpo"
@@ -178,6 +180,25 @@ class AlgorithmSection(Section):
     )
     correction_high: float = Field(default=2.0, gt=0, description="cap of that weight")
     correction_low: float = Field(default=0.0, ge=0, description="bottom of the masks")
+
+
+class DistillSection(Section):
+    """Whom a student learns from, on what it writes itself."""
+
+    teacher: str = Field(default="", description="model with the student's tokenizer")
+    loss: Literal["full", "sampled"] = Field(
+        default="full", description="divergence over the vocabulary, or log p - log q of each "
+        "sampled token as its advantage (other vocabulary sizes)",
+    )  # fmt: skip
+    beta: float = Field(
+        default=1.0, ge=0, le=1, description="full: 1 = KL(student || teacher), 0 = KL(teacher || "
+        "student), between them GKD's divergence (arXiv 2306.13649)",
+    )  # fmt: skip
+    lmbda: float = Field(
+        default=1.0, ge=0, le=1, description="full: share of prompts that the student answers "
+        "itself; the others teach the rows' `completion`",
+    )  # fmt: skip
+    temperature: float = Field(default=1.0, gt=0, description="full: of both distributions")
 
 
 class CriticSection(Section):
@@ -245,6 +266,7 @@ class RlRecipe(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     critic: CriticSection = CriticSection()
+    distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
@@ -266,7 +288,30 @@ class RlRecipe(Section):
                 "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
                 "from those before; leave one of them out"
             )
+        if kind == "distill":
+            _check_distill(self)
+            return self
+        if self.distill.teacher:
+            raise ValueError('distill.teacher is read by algorithm.kind = "distill" only')
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
         return self
+
+
+def _check_distill(recipe: RlRecipe) -> None:
+    """ValueError for settings of rewards' learning that distillation does not read."""
+    if not recipe.distill.teacher:
+        raise ValueError('algorithm.kind = "distill" needs distill.teacher')
+    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+        raise ValueError("distill has no reference beside its teacher; leave algorithm.kl_* out")
+    if recipe.distill.lmbda < 1 and recipe.rollout.staleness:
+        raise ValueError(
+            "distill.lmbda < 1 asks the student in training; set rollout.staleness = 0"
+        )
+    is_cut = recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0
+    if recipe.distill.loss == "sampled" and (is_cut or recipe.distill.lmbda < 1):
+        raise ValueError(
+            'distill.loss = "sampled" reads tokens drawn from all of the student\'s distribution; '
+            "set rollout.top_p = 1, rollout.top_k = 0 and distill.lmbda = 1"
+        )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sterna.align.config import RlRecipe
-from sterna.align.hybrid import POLICY, HybridEngine, Sampling
+from sterna.align.hybrid import PACKED, POLICY, HybridEngine, Sampling
 from sterna.align.rollout import Rollout
 from sterna.align.rollout_engine import engine_config
 from sterna.align.siblings import DraftCount
@@ -249,7 +249,7 @@ def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Roll
     transport = SharedFile()
     weights = dict(policy.named_parameters())
     show = Carried(transport, SharedFile(transport.path), weights)
-    return EngineGroup(group, show, rollout.weights == POLICY)
+    return EngineGroup(group, show, rollout.weights in (POLICY, PACKED))
 
 
 def worker_threads(recipe: RlRecipe) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sterna.align.experience import Experience, share_without_spread
-from sterna.align.rollout import Rollout
+from sterna.align.rollout import Rollout, group_ids
 from sterna.align.siblings import DraftCount
 
 
@@ -25,7 +26,7 @@ def step_figures(
         **completion_figures(drawn),
         **learnt,
         **mismatch_figures(experience),
-        "frac_reward_zero_std": share_without_spread(experience.rollouts, experience.scores),
+        **group_figures(experience),
         "completions/dropped": float(len(drawn) - len(experience.rollouts)),
     }
     if experience.ref_logprobs is not None:
@@ -48,8 +49,21 @@ def reward_figures(experience: Experience) -> dict[str, float]:
     return found
 
 
+def group_figures(experience: Experience) -> dict[str, float]:
+    """The share of groups that teach nothing; nothing is said of groups of one, which PPO has."""
+    groups = group_ids(experience.rollouts)
+    if not len(groups) or int(groups.bincount().max()) < 2:
+        return {}
+    share = share_without_spread(experience.rollouts, experience.scores)
+    return {"frac_reward_zero_std": share}
+
+
 def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths (tools' answers not counted), and the share that did not end by itself."""
+    """Lengths (tools' answers not counted), the share that did not end by itself, and how different
+    they are.
+
+    distinct_2 (arXiv 1510.03055): different pairs of neighbouring tokens over all such pairs.
+    """
     lengths = torch.tensor([float(rollout.mask.sum()) for rollout in drawn])
     truncated = torch.tensor([rollout.is_truncated for rollout in drawn], dtype=torch.bool)
     return {
@@ -57,6 +71,7 @@ def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
         **_spread(lengths[~truncated], "terminated_length"),
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
+        "completions/distinct_2": _distinct_pairs(drawn),
         **tool_figures(drawn),
     }
 
@@ -84,6 +99,16 @@ def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
     if not calls:
         return {}
     return {"tools/call_frequency": calls / len(drawn), "tools/failure_frequency": errors / calls}
+
+
+def _distinct_pairs(drawn: Sequence[Rollout]) -> float:
+    """1 where there is no pair: nothing is said twice."""
+    lines = [rollout.completion.astype(np.int64) for rollout in drawn]
+    pairs = [(line[:-1] << 32) | line[1:] for line in lines if len(line) > 1]
+    if not pairs:
+        return 1.0
+    joined = np.concatenate(pairs)
+    return len(np.unique(joined)) / len(joined)
 
 
 def mismatch_figures(experience: Experience) -> dict[str, float]:

@@ -5,8 +5,10 @@ plain [N, K] parameters that the optimizer writes in place, with the bits they w
 ones. `publish` says that the weights have changed: a new policy version, and no cached prefix is
 found again. On a CPU a rollout's log-probs are therefore the trainer's, bit for bit.
 
-With `weights = "fp6"` (or another format) rollouts run on a quantised copy, which `publish` makes
-anew in place; its log-probs differ from the trainer's, and the loop corrects for that.
+With `weights = "packed"` matrices are read from a copy in the kernels' layout, which `publish`
+packs anew in place: faster, the same bits (packed.py). With `weights = "fp6"` (or another format)
+rollouts run on a quantised copy, which `publish` makes anew in place; its log-probs differ from
+the trainer's, and the loop corrects for that.
 
 Between rollouts `sleep` gives the KV cache's memory back.
 """
@@ -19,8 +21,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import nn
 
+from sterna.align.packed import PackedCopy, shared_copy
 from sterna.align.rollout import Rollout
 from sterna.align.siblings import DraftCount, SiblingDrafter
 from sterna.core.errors import SternaError, TrainError
@@ -41,6 +43,7 @@ from sterna.quant.rtn import quantize_weight
 from sterna.text.tokenizer import Tokenizer
 
 POLICY = "policy"  # rollouts on the trainer's own weights
+PACKED = "packed"  # or on a copy of them in the kernels' layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,17 @@ class HybridEngine:
         weights: str = POLICY,
         speculation: bool = False,
     ) -> None:
-        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's.
+        """`weights`: "policy", "packed" or the format of a quantised copy. Errors as the engine's.
 
         `speculation`: guess tokens ahead (siblings.py); tokens and log-probs stay the same.
         """
         self.version = 0
         self._policy = policy
-        self._format = None if weights == POLICY else parse_format(weights)
-        self._served = policy if self._format is None else _shared_copy(policy)
+        self._packed = PackedCopy(policy) if weights == PACKED else None
+        self._format = None if weights in (POLICY, PACKED) else parse_format(weights)
+        self._served = policy if self._packed is None else self._packed.decoder
         if self._format is not None:
+            self._served = shared_copy(policy)
             self._requantise()
         drafters = [SiblingDrafter()] if speculation else []
         self._engine = Engine(self._served, tokenizer, config, drafters=drafters)
@@ -107,8 +112,8 @@ class HybridEngine:
 
     @property
     def is_exact(self) -> bool:
-        """Whether rollouts read the trainer's own weights."""
-        return self._served is self._policy
+        """Whether rollouts read the trainer's own weights, or the same bits packed."""
+        return self._format is None
 
     def publish(self) -> None:
         """The weights have changed: nothing computed with the old ones is used again.
@@ -121,7 +126,9 @@ class HybridEngine:
                 "the optimizer step, or ask for versions a token"
             )
         self._engine.pool.clear_cache()
-        if self._format is not None:
+        if self._packed is not None:
+            self._packed.refresh()
+        elif self._format is not None:
             self._requantise()
         self.version += 1
 
@@ -237,16 +244,6 @@ def _overwrite(
     module.scales.copy_(scales)
     if formats is not None and module.row_formats is not None:
         module.row_formats.copy_(formats)
-
-
-def _shared_copy(policy: Decoder) -> Decoder:
-    """A decoder with modules of its own whose parameters are the policy's."""
-    copy = Decoder(policy.config, policy.dtype, "meta", rope_device=policy.device)
-    for name, parameter in policy.named_parameters():
-        parent, _, leaf = name.rpartition(".")
-        module: nn.Module = copy.get_submodule(parent)
-        module.register_parameter(leaf, parameter)
-    return copy
 
 
 def _params(sampling: Sampling, group_size: int, seed: int) -> SamplingParams:

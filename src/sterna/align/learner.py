@@ -187,7 +187,7 @@ class Learner:
 
     def _parts(
         self, experience: Experience, chosen: Sequence[int], weights: Tensor
-    ) -> tuple[list[_Part], int]:
+    ) -> tuple[list[Part], int]:
         """This rank's micro-batches, and the most that a rank has: all sum gradients alike."""
         count, size = len(chosen), self.axis.size
         cuts = [
@@ -199,9 +199,9 @@ class Learner:
         return own, max(map(len, cuts))
 
     def _policy_step(
-        self, parts: Sequence[_Part], micros: int, kl_coef: float, lr: float
+        self, parts: Sequence[Part], micros: int, kl_coef: float, lr: float
     ) -> dict[str, float]:
-        logs: dict[str, float] = defaultdict(float, dict.fromkeys(_SUMS, 0.0))
+        logs: dict[str, float] = defaultdict(float, {} if parts else dict.fromkeys(_SUMS, 0.0))
         self.policy.gradients.begin(micros)
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
@@ -210,7 +210,7 @@ class Learner:
         logs["grad_norm"] = self.policy.update(lr, "policy", self.axis.size)
         return dict(logs)
 
-    def _policy_micro(self, part: _Part, kl_coef: float, logs: dict[str, float]) -> None:
+    def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
         model: TrainModel = self.policy.model
         logprobs, entropy = completion_logprobs(
             model, part.rollouts, self._distribution, device=self._device
@@ -246,7 +246,7 @@ class Learner:
         logs["approx_kl"] += float(found.approx_kl)
 
     def _critic_step(
-        self, critic: Trained, parts: Sequence[_Part], micros: int, lr: float
+        self, critic: Trained, parts: Sequence[Part], micros: int, lr: float
     ) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         critic.gradients.begin(micros)
@@ -267,7 +267,7 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """The completions of one micro-batch; fields [n] of the experience."""
 
     rollouts: tuple[Rollout, ...]
@@ -281,7 +281,7 @@ class _Part:
     returns: Tensor | None
 
 
-def _kl(part: _Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+def _kl(part: Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
     """The weighted KL to the reference: a scalar with a graph."""
     mask = part.layout.mask
     d = torch.where(mask, logprobs - ref, 0.0)
@@ -324,10 +324,10 @@ def _cut(
     return cuts
 
 
-def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> _Part:
+def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> Part:
     rows = _rows(experience.layout, members)
     take: Callable[[Tensor | None], Any] = lambda x: None if x is None else x[rows]  # noqa: E731
-    return _Part(
+    return Part(
         rollouts=tuple(experience.rollouts[i] for i in members),
         layout=_chosen_layout(experience.layout, members),
         weights=weights[begin : begin + len(rows)],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sterna.kernels import ops
 from sterna.model.decoder import Decoder
-from sterna.model.heads import LMHead
+from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear, packed
 
 
@@ -23,8 +23,9 @@ class PackedCopy:
         self.decoder = shared_copy(policy)
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         for module in self.decoder.modules():
-            is_table = module is self.decoder.embed_tokens and self.decoder.lm_head is None
-            if isinstance(module, Linear | GatedLinear | LMHead) or is_table:
+            if isinstance(module, Embedding) and self.decoder.lm_head is not None:
+                continue  # only looked up, not multiplied
+            if isinstance(module, Linear | GatedLinear | LMHead | Embedding):
                 is_gated = isinstance(module, GatedLinear)
                 plain = module.weight
                 module.weight = packed(plain, is_gated)

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from sterna.align.rltrainer import RlTrainer
 
 _log = get_logger(__name__)
+METRICS = "metrics.jsonl"
 _EVERY_S = 10.0  # between lines where there is no terminal
 
 
-def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """One line, one write: a killed run leaves at most one torn line."""
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """One JSON line, one write: a killed run leaves at most one torn line."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         line = json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False)
@@ -58,7 +59,7 @@ class RlMetrics(RlHook):
     """Appends to metrics.jsonl of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
 
     def on_start(self, trainer: RlTrainer) -> None:
         """Each step is in the file once."""
@@ -68,11 +69,11 @@ class RlMetrics(RlHook):
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience
     ) -> None:
         """A line."""
-        _append(self._path, {"kind": "step", "step": step, **figures})
+        append_line(self._path, {"kind": "step", "step": step, **figures})
 
     def on_eval(self, trainer: RlTrainer, step: int, figures: Mapping[str, float]) -> None:
         """A line."""
-        _append(self._path, {"kind": "eval", "step": step, **figures})
+        append_line(self._path, {"kind": "eval", "step": step, **figures})
 
 
 class Samples(RlHook):
@@ -104,7 +105,7 @@ class Samples(RlHook):
                 "policy_version": rollout.policy_version,
                 "truncated": rollout.is_truncated,
             }
-            _append(self._path, line)
+            append_line(self._path, line)
 
 
 class Dump(RlHook):

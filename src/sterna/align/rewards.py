@@ -35,7 +35,11 @@ def make_rewards(
             (r, RewardSection(kind="function")) for r in own
         ]
     else:
-        pairs = [(_reward(section, task, recipe, tokenizer), section) for section in recipe.rewards]
+        pairs = [
+            (_reward(section, task, recipe, tokenizer), section)
+            for section in recipe.rewards
+            if section.kind != "task" or task is not None  # only distillation does without
+        ]
     if task is not None and task.gold(()) is not None:
         pairs.append((_Named("gold", task.gold), RewardSection(weight=0.0)))
     return RewardSum(pairs)

@@ -27,8 +27,9 @@ from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
-from sterna.core.errors import NonFiniteError, TrainError
+from sterna.core.errors import ConfigError, NonFiniteError, TrainError
 from sterna.core.log import get_logger
+from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
 from sterna.parallel.mesh import Mesh
 from sterna.text.tokenizer import Tokenizer
@@ -74,7 +75,8 @@ class _Step:
 class RlTrainer:
     """One run. Hooks may read everything; `evaluate` and `save` are theirs to call."""
 
-    def __init__(self, parts: RlParts) -> None:
+    def __init__(self, parts: RlParts, is_main: bool = True) -> None:
+        """`is_main`: this process writes the run's folder."""
         self.parts = parts
         self.recipe = parts.recipe
         self.counters = RlCounters()
@@ -86,6 +88,8 @@ class RlTrainer:
         self._saved_step = -1
         self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
+        self._is_main = is_main
+        self._lock = FolderLock(output)
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
         )
@@ -347,6 +351,15 @@ class RlTrainer:
             self._step.seconds[name] = self._step.seconds.get(name, 0.0) + spent
 
     def __enter__(self) -> RlTrainer:
+        """Keep the run's folder to this run. ConfigError while another process writes there."""
+        if self._is_main and not self._lock.take():
+            output = self.recipe.run.output
+            self.__exit__(None, None, None)
+            raise ConfigError(
+                f"another process is training into {output}; wait for it, or give another "
+                "run.output",
+                param="run.output",
+            )
         return self
 
     def __exit__(
@@ -358,6 +371,7 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self._lock.release()
         self.ahead.close()
         self.parts.draw.close()
         self.parts.hybrid.close()
