@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sterna.align.auditor import Auditor
-from sterna.align.config import RlRecipe
+from sterna.align.config import PromptSection, RlRecipe
 from sterna.align.critic import load_critic
 from sterna.align.distill.learner import DistillLearner
 from sterna.align.distill.teach import GivenDraw, load_teacher
@@ -21,7 +21,7 @@ from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
-from sterna.align.prompts import PromptStream
+from sterna.align.prompts import PromptStream, that_fit
 from sterna.align.ranks import NoReward, on_main, threads_of_rank
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
@@ -99,13 +99,14 @@ def build(
     if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
+    asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
     teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
     learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
-    asked = rewards if mesh.is_main else [NoReward()]
+    judges = rewards if mesh.is_main else [NoReward()]
     return RlTrainer(
         RlParts(
             recipe=recipe,
@@ -115,9 +116,9 @@ def build(
             models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
-            eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
-            rewards=make_rewards(recipe, asked, task, tokenizer),
+            prompts=PromptStream(asked, tokenizer, task, tools=told),
+            eval_prompts=_eval_prompts(recipe, asked, tokenizer, task, told),
+            rewards=make_rewards(recipe, judges, task, tokenizer),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
@@ -285,11 +286,11 @@ def _values(
 
 
 def _eval_prompts(
-    recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None, told: Schemas
+    recipe: RlRecipe, asked: PromptSection, tokenizer: Tokenizer, task: Task | None, told: Schemas
 ) -> PromptStream | None:
     if not recipe.eval.every:
         return None
-    return PromptStream(recipe.prompts, tokenizer, task, "eval", told)
+    return PromptStream(asked, tokenizer, task, "eval", told)
 
 
 def _controller(recipe: RlRecipe) -> KLController:

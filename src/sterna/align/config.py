@@ -81,6 +81,9 @@ class RolloutSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; log-probs follow it")
     top_k: int = Field(default=0, ge=0, description="0 = off; log-probs follow it")
     stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
+    ignore_eos: bool = Field(
+        default=False, description="every completion has max_tokens tokens: for speed benches"
+    )
     weights: str = Field(
         default="policy",
         description="policy = the trainer's own; packed = a copy of the same bits that is read "

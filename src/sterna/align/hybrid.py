@@ -57,6 +57,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
 
 @dataclass(slots=True)
@@ -256,6 +257,7 @@ def _params(sampling: Sampling, group_size: int, seed: int) -> SamplingParams:
         max_tokens=sampling.max_tokens,
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
         logprobs=0,
         logprobs_mode="processed",
         seed=seed,

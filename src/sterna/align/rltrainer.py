@@ -27,7 +27,7 @@ from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
-from sterna.core.errors import ConfigError, NonFiniteError, TrainError
+from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError, TrainError
 from sterna.core.log import get_logger
 from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
@@ -70,6 +70,8 @@ class _Step:
     learnt: dict[str, float] = field(default_factory=dict)
     noted: dict[str, float] = field(default_factory=dict)  # of its rollouts
     seconds: dict[str, float] = field(default_factory=dict)
+    prompts_at: int | None = None  # where its prompts begin, until it is learnt
+    is_learning: bool = False
 
 
 class RlTrainer:
@@ -111,9 +113,13 @@ class RlTrainer:
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of the step."""
-        self._step = _Step()
+        stream = self.parts.prompts
+        queued = self.ahead.position
+        self._step = _Step(prompts_at=stream.position if queued is None else queued)
         with self._timed("prompts"):
-            return self.ahead.prompts or self._take_prompts()
+            prompts = self.ahead.prompts or self._take_prompts()
+        self._step.noted["prompts/too_long"] = float(stream.num_too_long)
+        return prompts
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The completions, by prompt and sample; then the KV cache's memory is free to train in."""
@@ -171,6 +177,7 @@ class RlTrainer:
         critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, recipe.run.steps)
         has_critic = self.parts.learner.critic is not None
         trains_policy = not has_critic or step >= recipe.critic.warmup_steps
+        self._step.is_learning = True
         with self._timed("train"):
             try:
                 self._step.learnt = self.parts.learner.learn(
@@ -184,6 +191,7 @@ class RlTrainer:
             self.parts.hybrid.publish()
         self._step.learnt["learning_rate"] = lr
         self._adapt_kl(experience)
+        self._step.is_learning, self._step.prompts_at = False, None
 
     def relearn(self, experience: Experience) -> dict[str, float]:
         """Learn from a dumped experience; returns what the learner says of it."""
@@ -301,6 +309,7 @@ class RlTrainer:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop=rollout.stop,
+            ignore_eos=rollout.ignore_eos,
         )
 
     def _refilled(
@@ -337,6 +346,25 @@ class RlTrainer:
         where = newest(self._checkpointer.parent)
         return NonFiniteError(f"step {self.counters.step + 1}: {error.message}; saved in {where}")
 
+    def _rescue(self) -> None:
+        """After an error: save the steps made, so that --resume begins the failed one anew.
+
+        Not in the middle of an update, whose weights are of no step; `learn` sees to those.
+        Rollouts drawn ahead are dropped: drawing them may be what failed.
+        """
+        is_half_restored = self.parts.source is not None and self._saved_step < 0
+        if self._step.is_learning or not self.counters.step or is_half_restored:
+            return
+        at = self._step.prompts_at
+        at = self.ahead.position if at is None else at
+        if at is not None:
+            self.parts.prompts.position = at
+        self.ahead.drop()
+        try:
+            self.save()
+        except CheckpointError as error:
+            _log.error("%s", error)
+
     def _saved(self, folder: Path) -> None:
         for hook in self.parts.hooks:
             hook.on_save(self, folder)
@@ -368,6 +396,8 @@ class RlTrainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            self._rescue()
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()

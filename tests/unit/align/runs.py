@@ -19,7 +19,7 @@ tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 
 
-def recipe(folder: Path, **sections: dict[str, Any]) -> RlRecipe:
+def recipe(folder: Path, **sections: Any) -> RlRecipe:
     """Three steps of 4 x 4 completions of up to 6 tokens in `folder`/run."""
     if not (folder / "model").exists():
         tiny.write_model(folder / "model")
@@ -33,7 +33,7 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> RlRecipe:
         "checkpoint": {"every": 1, "keep_last": 9, "is_async": False},
     }
     for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
+        values[name] = section if isinstance(section, list) else {**values.get(name, {}), **section}
     return RlRecipe.model_validate(values)
 
 
