@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sterna.align.answers import Answers
 from sterna.align.auditor import Auditor
+from sterna.align.changes import changed
 from sterna.align.config import PromptSection, RlRecipe
 from sterna.align.critic import load_critic
 from sterna.align.distill.learner import DistillLearner
@@ -22,17 +24,18 @@ from sterna.align.experience import Models
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream, that_fit
+from sterna.align.ptx import make_ptx
 from sterna.align.ranks import NoReward, on_main, threads_of_rank
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
+from sterna.align.rlreport import RlReport
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
-from sterna.align.tools.toolbox import Toolbox
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
@@ -66,6 +69,8 @@ FREE = (
     "run.samples",
     "checkpoint.*",
     "eval.*",
+    "show.*",
+    "run.report",
 )
 
 
@@ -104,6 +109,7 @@ def build(
     learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
+    ask = make_draw(recipe, hybrid, tokenizer, toolbox)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
     judges = rewards if mesh.is_main else [NoReward()]
@@ -112,7 +118,8 @@ def build(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            draw=_draw(recipe, policy, hybrid, tokenizer, toolbox),
+            draw=_draw(recipe, policy, ask, tokenizer),
+            ask=ask,
             models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
@@ -160,23 +167,6 @@ def _check_recipe(recipe: RlRecipe, folder: Path) -> None:
         )
 
 
-def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:
-    """Dotted key -> (value in `old`, value in `new`) where they differ."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = dict.fromkeys((*before, *after))
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
@@ -201,6 +191,7 @@ def _learner(
         _correction(recipe, hybrid),
         recipe.run.seed,
         device,
+        make_ptx(recipe.ptx, policy, tokenizer, device),
     )
 
 
@@ -252,18 +243,11 @@ def _models(
     )
 
 
-def _draw(
-    recipe: RlRecipe,
-    policy: Decoder,
-    hybrid: RolloutEngine,
-    tokenizer: Tokenizer,
-    toolbox: Toolbox | None,
-) -> Draw:
-    draw, share = make_draw(recipe, hybrid, tokenizer, toolbox), recipe.distill.lmbda
-    if share == 1:
-        return draw
+def _draw(recipe: RlRecipe, policy: Decoder, ask: Draw, tokenizer: Tokenizer) -> Draw:
+    if recipe.distill.lmbda == 1:
+        return ask
     scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
-    return GivenDraw(draw, share, tokenizer, scored)
+    return GivenDraw(ask, recipe.distill.lmbda, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -288,7 +272,7 @@ def _values(
 def _eval_prompts(
     recipe: RlRecipe, asked: PromptSection, tokenizer: Tokenizer, task: Task | None, told: Schemas
 ) -> PromptStream | None:
-    if not recipe.eval.every:
+    if not (recipe.eval.every or recipe.show.every):
         return None
     return PromptStream(asked, tokenizer, task, "eval", told)
 
@@ -303,4 +287,6 @@ def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
+    hooks += [Answers(folder, recipe.show)] if recipe.show.every else []
+    hooks += [RlReport()] if recipe.run.report else []
     return hooks

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sterna.data.config import SourceConfig
+from sterna.data.config import DataConfig, SourceConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -218,6 +218,27 @@ class CriticSection(Section):
     )
 
 
+class PtxSection(Section):
+    """A language-model loss beside the policy's (InstructGPT's ptx, arXiv 2203.02155, eq. 2)."""
+
+    coef: float = Field(
+        default=0.0, ge=0, description="its weight in every update of the policy; 0 = none. Means "
+        "are weighed: InstructGPT's 27.8 is one of sums",
+    )  # fmt: skip
+    rows: int = Field(default=1, gt=0, description="packed rows beside each update")
+    data: DataConfig | None = Field(
+        default=None, description="texts, or chats of which answers count; begun anew at their end"
+    )
+
+    @model_validator(mode="after")
+    def _has_data(self) -> PtxSection:
+        if self.coef and self.data is None:
+            raise ValueError(
+                "ptx.coef is set, but nothing to learn from; give [[ptx.data.sources]]"
+            )
+        return self
+
+
 class RewardSection(Section):
     """One reward; a completion's is the weighted sum."""
 
@@ -247,6 +268,7 @@ class RlRunSection(Section):
         "names it",
     )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
+    report: bool = Field(default=True, description="write report.html when the run ends")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
 
@@ -256,6 +278,16 @@ class RlEvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evals; 0 = none")
     prompts: int = Field(default=32, gt=0, description="held-out prompts of one eval")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
+
+
+class ShowSection(Section):
+    """How answers to fixed prompts change over the steps: answers.html."""
+
+    every: int = Field(default=0, ge=0, description="steps between them; 0 = not shown")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="texts that are answered; empty = held-out prompts, with rewards"
+    )
+    count: int = Field(default=4, gt=0, description="how many held-out prompts")
 
 
 class RlRecipe(Section):
@@ -273,11 +305,13 @@ class RlRecipe(Section):
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
+    ptx: PtxSection = PtxSection()
     optim: OptimSection = OptimSection(lr=1e-6)
     schedule: ScheduleSection = ScheduleSection(kind="constant")
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()
+    show: ShowSection = ShowSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RlRecipe:
@@ -299,7 +333,21 @@ class RlRecipe(Section):
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
+        self._without_effect()
         return self
+
+    def _without_effect(self) -> None:
+        """ValueError for keys that this loop does not read."""
+        model = self.model
+        refused = {
+            "model.config": model.config is not None,
+            'model.backend = "hf"': model.backend == "hf",
+            "model.neftune_alpha": model.neftune_alpha > 0,
+            "critic.optim.ema_decay": self.critic.optim.ema_decay > 0,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{name} has no effect on reinforcement learning; leave it out")
 
 
 def _check_distill(recipe: RlRecipe) -> None:

@@ -26,6 +26,7 @@ from sterna.align.loss import (
     rollout_correction,
     value_loss,
 )
+from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
 from sterna.core.errors import NonFiniteError
@@ -99,6 +100,11 @@ class Learns(Protocol):
         """PPO's value function."""
         ...
 
+    @property
+    def ptx(self) -> Ptx | None:
+        """Text mixed into the updates."""
+        ...
+
     def learn(
         self,
         experience: Experience,
@@ -131,10 +137,12 @@ class Learner:
         correction: str,
         seed: int,
         device: torch.device,
+        ptx: Ptx | None = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
         self.axis = Axis("data")  # ranks that share each minibatch; see ranks.py
+        self.ptx = ptx
         self._settings = settings
         self._distribution = distribution
         self._correction: Any = correction
@@ -172,7 +180,12 @@ class Learner:
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
-        return {name: _merged(name, values) for name, values in logs.items()}
+        found = {name: _merged(name, values) for name, values in logs.items()}
+        low, high = logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"]
+        if low and high:
+            found["clip_ratio/low_min"], found["clip_ratio/high_max"] = min(low), max(high)
+            found["clip_ratio/region_mean"] = (sum(low) + sum(high)) / len(low)
+        return found
 
     def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
         order = Permutation(count, mix(self._seed, step, epoch)) if count else None
@@ -202,10 +215,12 @@ class Learner:
         self, parts: Sequence[Part], micros: int, kl_coef: float, lr: float
     ) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float, {} if parts else dict.fromkeys(_SUMS, 0.0))
-        self.policy.gradients.begin(micros)
+        self.policy.gradients.begin(micros + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
             self.policy.gradients.add()
+        if self.ptx is not None and self.axis.rank == 0:
+            logs["ptx_loss"] = self.ptx.add(self.policy)
         self.policy.gradients.average(self.axis)
         logs["grad_norm"] = self.policy.update(lr, "policy", self.axis.size)
         return dict(logs)

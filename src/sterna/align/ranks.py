@@ -30,6 +30,7 @@ from sterna.align.engines import EngineActor, EngineGroup
 from sterna.align.experience import Experience, Models
 from sterna.align.hybrid import HybridEngine
 from sterna.align.learner import Learner, Trained
+from sterna.align.ptx import Ptx
 from sterna.align.reward import Sample
 from sterna.align.rlresult import RlResult
 from sterna.align.rltrainer import RlTrainer
@@ -113,6 +114,11 @@ class SharedLearner:
         """See Learner."""
         return self._own.critic
 
+    @property
+    def ptx(self) -> Ptx | None:
+        """See Learner; rank 0's."""
+        return self._own.ptx
+
     def learn(self, experience: Experience, *args: Any) -> dict[str, float]:
         """See Learner. WorkerError names a rank that died or hangs."""
         return merged(everyone(self._group, "learn", experience, *args))
@@ -174,6 +180,12 @@ def share(trainer: RlTrainer, mesh: Mesh) -> RankActor | None:
             "already; set it to 0",
             param="rollout.workers",
         )
+    if parts.draw is not parts.ask:
+        raise ConfigError(
+            f"distill.lmbda is {parts.recipe.distill.lmbda} under torchrun, whose ranks draw all "
+            "completions; set it to 1",
+            param="distill.lmbda",
+        )
     assert isinstance(parts.learner, Learner), "spread once"
     parts.learner.axis = mesh.data
     actor = RankActor(parts.hybrid, parts.models, parts.learner)
@@ -193,7 +205,7 @@ def _spread(
     engine = EngineGroup(group, Replicated(), own.is_exact, sleeps=True)
     engine.version = own.version
     parts.draw.close()
-    draw = make_draw(parts.recipe, engine, parts.tokenizer, make_toolbox(parts.recipe))
+    ask = make_draw(parts.recipe, engine, parts.tokenizer, make_toolbox(parts.recipe))
     asked = {
         name: None if getattr(parts.models, name) is None else partial(_scored, group, name)
         for name in ("policy", "reference", "critic")
@@ -201,7 +213,8 @@ def _spread(
     trainer.parts = replace(
         parts,
         hybrid=engine,
-        draw=draw,
+        draw=ask,
+        ask=ask,
         models=Models(**asked),
         learner=SharedLearner(group, own_learner),
     )

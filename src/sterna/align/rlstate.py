@@ -25,6 +25,7 @@ class RlCounters:
 
     step: int = 0
     num_completions: int = 0
+    num_tokens: int = 0  # of prompts and completions
     seconds: float = 0.0
 
 
@@ -50,6 +51,7 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
         },
         "ahead": ahead,
         "kl_coef": parts.kl.coef,
+        "ptx": learner.ptx.state_dict() if learner.ptx else None,
         "policy_version": parts.hybrid.version,
         "updates": [
             learner.policy.num_updates,
@@ -77,6 +79,8 @@ def restore(folder: Path, trainer: RlTrainer) -> None:
     parts.prompts.num_too_long = meta["prompts"]["too_long"]
     parts.prompts.num_bad = meta["prompts"]["bad"]
     parts.kl.coef = meta["kl_coef"]
+    if learner.ptx is not None:
+        learner.ptx.load_state_dict(meta["ptx"])
     parts.hybrid.version = meta["policy_version"]
     learner.policy.num_updates = meta["updates"][0]
     if learner.critic is not None:

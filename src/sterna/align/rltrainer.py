@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from sterna.align.ahead import Ahead
+from sterna.align.beside import publish_beside
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
 from sterna.align.engines import RolloutEngine
@@ -49,7 +50,8 @@ class RlParts:
     recipe: RlRecipe
     tokenizer: Tokenizer
     hybrid: RolloutEngine
-    draw: Draw
+    draw: Draw  # a step's completions
+    ask: Draw  # those of evals and shown answers: the policy's own
     models: Models
     learner: Learns
     ema: Ema | None
@@ -173,8 +175,9 @@ class RlTrainer:
     def learn(self, experience: Experience) -> None:
         """Update policy and critic; the engine then serves the new policy."""
         recipe, step = self.recipe, self.counters.step
-        lr = lr_at(step, recipe.optim.lr, recipe.schedule, recipe.run.steps)
-        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, recipe.run.steps)
+        total = recipe.schedule.total_steps or recipe.run.steps
+        lr = lr_at(step, recipe.optim.lr, recipe.schedule, total)
+        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, total)
         has_critic = self.parts.learner.critic is not None
         trains_policy = not has_critic or step >= recipe.critic.warmup_steps
         self._step.is_learning = True
@@ -203,6 +206,7 @@ class RlTrainer:
         """Count, tell the hooks, which log, evaluate and save."""
         self.counters.step += 1
         self.counters.num_completions += len(experience.rollouts)
+        self.counters.num_tokens += sum(rollout.num_tokens for rollout in self._step.drawn)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
             experience,
@@ -210,6 +214,7 @@ class RlTrainer:
             {**self._step.noted, **self._step.learnt},
             self._step.seconds,
         )
+        self.last["num_tokens"] = float(self.counters.num_tokens)
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
         every = self.recipe.eval.every
@@ -238,7 +243,7 @@ class RlTrainer:
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
         self.parts.hybrid.prepare()
-        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
+        rollouts = self.parts.ask(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -248,6 +253,14 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.on_eval(self, self.counters.step, self.last_eval)
         return self.last_eval
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The policy's greedy answers, for hooks."""
+        self.ahead.wait()
+        self.parts.hybrid.prepare()
+        rollouts = self.parts.ask(prompts, 1, self._sampling(0.0), [0] * len(prompts))
+        self.parts.hybrid.sleep()
+        return rollouts
 
     def samples(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Rollouts as rewards see them."""
@@ -277,6 +290,7 @@ class RlTrainer:
         output = self.recipe.run.output
         if latest is not None:
             publish(latest, output / "model")
+            publish_beside(self.parts, latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
         result = RlResult(
@@ -336,8 +350,8 @@ class RlTrainer:
             return
         d = experience.old_logprobs - experience.ref_logprobs
         kl = float(experience.layout.sums(d).mean())
+        self._step.learnt["kl_coef"] = self.parts.kl.coef  # of this step
         self.parts.kl.update(kl, len(experience.rollouts))
-        self._step.learnt["kl_coef"] = self.parts.kl.coef
 
     def _explained(self, error: NonFiniteError) -> NonFiniteError:
         """Save what is whole before the run ends."""
@@ -401,6 +415,8 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        if self.parts.learner.ptx is not None:
+            self.parts.learner.ptx.close()
         self._lock.release()
         self.ahead.close()
         self.parts.draw.close()

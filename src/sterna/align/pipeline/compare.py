@@ -20,7 +20,7 @@ from sterna.align.config import RlRecipe
 from sterna.align.draw import make_draw, make_toolbox, speaks_chat
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.pipeline.config import CompareSection
-from sterna.align.prompts import Prompt, PromptStream
+from sterna.align.prompts import Prompt, PromptStream, that_fit
 from sterna.align.reward import Rewards, Sample
 from sterna.align.rewards import make_rewards
 from sterna.align.rollout import Rollout, completion_layout, rollout_logprobs
@@ -33,7 +33,7 @@ from sterna.data.order import mix
 from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.load import load_config, load_model
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
 from sterna.train.task import plain_form
 
@@ -109,7 +109,9 @@ def _open(recipe: RlRecipe, settings: CompareSection) -> _Run:
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
-    stream = PromptStream(recipe.prompts, tokenizer, task, "eval", told)
+    context = load_config(resolve_model(recipe.model.path)).num_positions
+    asked = that_fit(recipe.prompts, context, recipe.rollout.max_tokens)
+    stream = PromptStream(asked, tokenizer, task, "eval", told)
     return _Run(recipe, settings, tokenizer, task, stream.take(settings.prompts))
 
 
