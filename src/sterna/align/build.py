@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import load_policy, shared_critic, shares_base, without_adapter
 from sterna.align.answers import Answers
 from sterna.align.auditor import Auditor
 from sterna.align.changes import changed
@@ -54,7 +55,6 @@ from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 from sterna.train.parts import trained
 from sterna.train.recipe import to_toml
-from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
 Schemas = Sequence[Mapping[str, Any]] | None
@@ -99,8 +99,7 @@ def build(
     tokenizer = load_tokenizer(
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
-    start = source or base
-    policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
+    policy = load_policy(recipe, base, source, device)
     if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
@@ -125,7 +124,7 @@ def build(
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(asked, tokenizer, task, tools=told),
             eval_prompts=_eval_prompts(recipe, asked, tokenizer, task, told),
-            rewards=make_rewards(recipe, judges, task, tokenizer),
+            rewards=make_rewards(recipe, judges, task, tokenizer, policy),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
@@ -177,8 +176,11 @@ def _learner(
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
-        path = recipe.critic.path or recipe.model.path
-        model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
+        if shares_base(recipe):
+            model = shared_critic(recipe, policy)
+        else:
+            path = recipe.critic.path or recipe.model.path
+            model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
     kind: Callable[..., Learner] = Learner
     if teacher is not None and recipe.distill.loss == "full":
@@ -229,7 +231,10 @@ def _models(
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
     reference = None
-    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+    wants = bool(recipe.algorithm.kl_coef or recipe.algorithm.kl_target)
+    if wants and recipe.adapter is not None and not recipe.reference:
+        reference = without_adapter(policy, partial(scored, policy))
+    elif wants:
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)

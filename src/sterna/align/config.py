@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sterna.data.config import DataConfig, SourceConfig
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -87,8 +88,8 @@ class RolloutSection(Section):
     weights: str = Field(
         default="policy",
         description="policy = the trainer's own; packed = a copy of the same bits that is read "
-        "faster; fp6, int8, ... = a quantised copy. Copies are made anew after each step, a "
-        "quantised one's mismatch is corrected",
+        "faster; merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
+        "Copies are made anew after each step, the mismatch of the last two corrected",
     )
     speculation: bool = Field(
         default=False,
@@ -213,6 +214,10 @@ class CriticSection(Section):
     optim: OptimSection = Field(
         default=OptimSection(lr=1e-5), description="of the critic; see [optim]"
     )
+    shared: bool | None = Field(
+        default=None, description="an adapter and a score on the policy's base, which has an "
+        "[adapter]; auto = where the critic starts from that base",
+    )  # fmt: skip
     warmup_steps: int = Field(
         default=0, ge=0, description="first steps that train the critic alone"
     )
@@ -301,6 +306,9 @@ class RlRecipe(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     critic: CriticSection = CriticSection()
+    adapter: AdapterConfig | None = Field(
+        default=None, description="the policy is a frozen base with this adapter"
+    )
     distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
@@ -320,6 +328,8 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.adapter is not None:
+            _check_adapter(self.adapter)
         if self.algorithm.dynamic_sampling and self.rollout.staleness:
             raise ValueError(
                 "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
@@ -348,6 +358,19 @@ class RlRecipe(Section):
         for name, is_set in refused.items():
             if is_set:
                 raise ValueError(f"{name} has no effect on reinforcement learning; leave it out")
+
+
+def _check_adapter(adapter: AdapterConfig) -> None:
+    """Refuse what would part a rollout's forward from that of its training step."""
+    if adapter.kind != "lora":
+        raise ValueError(
+            'adapter.kind is "dora", which rollouts do not run bit for bit; use "lora"'
+        )
+    if adapter.dropout:
+        raise ValueError(
+            "adapter.dropout is above 0: a training step would not score what the policy drew; "
+            "leave it out"
+        )
 
 
 def _check_distill(recipe: RlRecipe) -> None:

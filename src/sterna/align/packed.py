@@ -10,16 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sterna.core.errors import ConfigError
 from sterna.kernels import ops
 from sterna.model.decoder import Decoder
 from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear, packed
+from sterna.quant.linear import QuantModule
+from sterna.train.adapter_modules import AdaptedModule
 
 
 class PackedCopy:
     """`decoder` runs the policy on packed matrices; all else in it is the policy's own."""
 
     def __init__(self, policy: Decoder) -> None:
+        """ConfigError for a policy with an adapter or on a quantised base."""
+        if any(isinstance(module, AdaptedModule | QuantModule) for module in policy.modules()):
+            raise ConfigError(
+                'rollout.weights is "packed", which copies whole plain models; this policy has an '
+                'adapter or a quantised base: set it to "policy", or to "merged" with an adapter',
+                param="rollout.weights",
+            )
         self.decoder = shared_copy(policy)
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         for module in self.decoder.modules():
@@ -32,7 +42,7 @@ class PackedCopy:
                 self._copies.append((plain.detach(), module.weight.detach(), is_gated))
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def renew(self) -> None:
         """Pack the weights as they are now, in place: recorded steps keep the addresses."""
         for plain, kept, is_gated in self._copies:
             kept.copy_(ops.pack_weight(plain, is_gated))
