@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import load_policy
 from sterna.align.config import RlRecipe
 from sterna.align.hybrid import POLICY, HybridEngine, Sampling
 from sterna.align.rollout import Rollout
@@ -27,9 +28,8 @@ from sterna.core.machine import num_usable_cpus
 from sterna.kernels.device import set_threads
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
-from sterna.train.task import plain_form
+from sterna.train.parts import trained
 
 
 class RolloutEngine(Protocol):
@@ -209,7 +209,7 @@ def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Roll
         "sterna.align.engines:engine_actor", [args] * rollout.workers, recipe.run.timeout_s, threads
     )
     transport = SharedFile()
-    weights = dict(policy.named_parameters())
+    weights = dict(trained(policy))  # of an adapted policy the adapter alone
     transport.send(weights, 0)
     return EngineGroup(
         group, transport, SharedFile(transport.path), weights, rollout.weights == POLICY
@@ -231,10 +231,11 @@ def engine_actor(text: str, threads: int) -> EngineActor:
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
     device = torch.device(recipe.model.device)
-    policy = plain_form(load_model(base, recipe.model.dtype, device).decoder, base)
+    policy = load_policy(recipe, base, None, device)
+    weights = dict(trained(policy))
     policy.requires_grad_(False)
     rollout = recipe.rollout
     hybrid = HybridEngine(
         policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
     )
-    return EngineActor(hybrid, dict(policy.named_parameters()))
+    return EngineActor(hybrid, weights)

@@ -26,6 +26,7 @@ from sterna.align.loss import (
     rollout_correction,
     value_loss,
 )
+from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
 from sterna.core.errors import NonFiniteError
@@ -91,9 +92,11 @@ class Learner:
         correction: str,
         seed: int,
         device: torch.device,
+        ptx: Ptx | None = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
+        self.ptx = ptx
         self._settings = settings
         self._distribution = distribution
         self._correction: Any = correction
@@ -130,7 +133,12 @@ class Learner:
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
-        return {name: _merged(name, values) for name, values in logs.items()}
+        found = {name: _merged(name, values) for name, values in logs.items()}
+        low, high = logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"]
+        if low and high:
+            found["clip_ratio/low_min"], found["clip_ratio/high_max"] = min(low), max(high)
+            found["clip_ratio/region_mean"] = (sum(low) + sum(high)) / len(low)
+        return found
 
     def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
         order = Permutation(count, mix(self._seed, step, epoch)) if count else None
@@ -145,10 +153,12 @@ class Learner:
 
     def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
-        self.policy.gradients.begin(len(parts))
+        self.policy.gradients.begin(len(parts) + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
             self.policy.gradients.add()
+        if self.ptx is not None:
+            logs["ptx_loss"] = self.ptx.add(self.policy)
         logs["grad_norm"] = self.policy.update(lr, "policy")
         return dict(logs)
 

@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from sterna.align.ahead import Ahead
+from sterna.align.beside import publish_beside
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
 from sterna.align.engines import RolloutEngine
@@ -27,7 +28,7 @@ from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
-from sterna.core.errors import ConfigError, NonFiniteError, TrainError
+from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError, TrainError
 from sterna.core.log import get_logger
 from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
@@ -49,7 +50,8 @@ class RlParts:
     recipe: RlRecipe
     tokenizer: Tokenizer
     hybrid: RolloutEngine
-    draw: Draw
+    draw: Draw  # a step's completions
+    ask: Draw  # those of evals and shown answers: the policy's own
     models: Models
     learner: Learner
     ema: Ema | None
@@ -70,6 +72,8 @@ class _Step:
     learnt: dict[str, float] = field(default_factory=dict)
     noted: dict[str, float] = field(default_factory=dict)  # of its rollouts
     seconds: dict[str, float] = field(default_factory=dict)
+    prompts_at: int | None = None  # where its prompts begin, until it is learnt
+    is_learning: bool = False
 
 
 class RlTrainer:
@@ -108,9 +112,13 @@ class RlTrainer:
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of the step."""
-        self._step = _Step()
+        stream = self.parts.prompts
+        queued = self.ahead.position
+        self._step = _Step(prompts_at=stream.position if queued is None else queued)
         with self._timed("prompts"):
-            return self.ahead.prompts or self._take_prompts()
+            prompts = self.ahead.prompts or self._take_prompts()
+        self._step.noted["prompts/too_long"] = float(stream.num_too_long)
+        return prompts
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The completions, by prompt and sample; then the KV cache's memory is free to train in."""
@@ -164,10 +172,12 @@ class RlTrainer:
     def learn(self, experience: Experience) -> None:
         """Update policy and critic; the engine then serves the new policy."""
         recipe, step = self.recipe, self.counters.step
-        lr = lr_at(step, recipe.optim.lr, recipe.schedule, recipe.run.steps)
-        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, recipe.run.steps)
+        total = recipe.schedule.total_steps or recipe.run.steps
+        lr = lr_at(step, recipe.optim.lr, recipe.schedule, total)
+        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, total)
         has_critic = self.parts.learner.critic is not None
         trains_policy = not has_critic or step >= recipe.critic.warmup_steps
+        self._step.is_learning = True
         with self._timed("train"):
             try:
                 self._step.learnt = self.parts.learner.learn(
@@ -181,6 +191,7 @@ class RlTrainer:
             self.parts.hybrid.publish()
         self._step.learnt["learning_rate"] = lr
         self._adapt_kl(experience)
+        self._step.is_learning, self._step.prompts_at = False, None
 
     def relearn(self, experience: Experience) -> dict[str, float]:
         """Learn from a dumped experience; returns what the learner says of it."""
@@ -192,6 +203,7 @@ class RlTrainer:
         """Count, tell the hooks, which log, evaluate and save."""
         self.counters.step += 1
         self.counters.num_completions += len(experience.rollouts)
+        self.counters.num_tokens += sum(rollout.num_tokens for rollout in self._step.drawn)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
             experience,
@@ -199,6 +211,7 @@ class RlTrainer:
             {**self._step.noted, **self._step.learnt},
             self._step.seconds,
         )
+        self.last["num_tokens"] = float(self.counters.num_tokens)
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
         every = self.recipe.eval.every
@@ -227,7 +240,7 @@ class RlTrainer:
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
         self.parts.hybrid.prepare()
-        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
+        rollouts = self.parts.ask(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -237,6 +250,14 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.on_eval(self, self.counters.step, self.last_eval)
         return self.last_eval
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The policy's greedy answers, for hooks."""
+        self.ahead.wait()
+        self.parts.hybrid.prepare()
+        rollouts = self.parts.ask(prompts, 1, self._sampling(0.0), [0] * len(prompts))
+        self.parts.hybrid.sleep()
+        return rollouts
 
     def samples(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Rollouts as rewards see them."""
@@ -266,6 +287,7 @@ class RlTrainer:
         output = self.recipe.run.output
         if latest is not None:
             publish(latest, output / "model")
+            publish_beside(self.parts, latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
         return RlResult(
@@ -296,6 +318,7 @@ class RlTrainer:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop=rollout.stop,
+            ignore_eos=rollout.ignore_eos,
         )
 
     def _refilled(
@@ -322,8 +345,8 @@ class RlTrainer:
             return
         d = experience.old_logprobs - experience.ref_logprobs
         kl = float(experience.layout.sums(d).mean())
+        self._step.learnt["kl_coef"] = self.parts.kl.coef  # of this step
         self.parts.kl.update(kl, len(experience.rollouts))
-        self._step.learnt["kl_coef"] = self.parts.kl.coef
 
     def _explained(self, error: NonFiniteError) -> NonFiniteError:
         """Save what is whole before the run ends."""
@@ -331,6 +354,25 @@ class RlTrainer:
         self._checkpointer.wait()
         where = newest(self._checkpointer.parent)
         return NonFiniteError(f"step {self.counters.step + 1}: {error.message}; saved in {where}")
+
+    def _rescue(self) -> None:
+        """After an error: save the steps made, so that --resume begins the failed one anew.
+
+        Not in the middle of an update, whose weights are of no step; `learn` sees to those.
+        Rollouts drawn ahead are dropped: drawing them may be what failed.
+        """
+        is_half_restored = self.parts.source is not None and self._saved_step < 0
+        if self._step.is_learning or not self.counters.step or is_half_restored:
+            return
+        at = self._step.prompts_at
+        at = self.ahead.position if at is None else at
+        if at is not None:
+            self.parts.prompts.position = at
+        self.ahead.drop()
+        try:
+            self.save()
+        except CheckpointError as error:
+            _log.error("%s", error)
 
     def _saved(self, folder: Path) -> None:
         for hook in self.parts.hooks:
@@ -363,9 +405,13 @@ class RlTrainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            self._rescue()
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        if self.parts.learner.ptx is not None:
+            self.parts.learner.ptx.close()
         self._lock.release()
         self.ahead.close()
         self.parts.draw.close()
