@@ -73,22 +73,24 @@ def _bar(steps: Sequence[int]) -> str:
 
 
 def _article(prompt: str, found: Mapping[int, Mapping[str, Any]]) -> str:
-    cells, before = "", None
+    cells, last, since = "", None, 0
     for step, line in found.items():
-        cells += _cell(step, line, before)
-        before = line["answer"]
+        since = since if line["answer"] == last else step
+        last = line["answer"]
+        cells += _cell(step, line, since)
     return (
         f'<article><pre class="prompt">{html.escape(prompt)}</pre>'
         f'<div class="row">{cells}</div></article>'
     )
 
 
-def _cell(step: int, line: Mapping[str, Any], before: str | None) -> str:
-    facts = [f"step {step}", f"{line['tokens']} tokens"]
+def _cell(step: int, line: Mapping[str, Any], since: int) -> str:
+    facts = [f"step {step}", f"{line['tokens']} token{'' if line['tokens'] == 1 else 's'}"]
     facts += ["ended by length"] if line["truncated"] else []
     facts += [f"reward {line['reward']:.3f}"] if line.get("reward") is not None else []
-    facts += ["unchanged"] if line["answer"] == before else []
+    facts += [f"as at step {since}"] if since != step else []
+    text = html.escape(line["answer"]) or "<span class=dim>(empty)</span>"
     return (
         f'<div class="cell" data-step="{step}"><div class="dim">{html.escape(", ".join(facts))}'
-        f"</div><pre>{html.escape(line['answer'])}</pre></div>"
+        f"</div><pre>{text}</pre></div>"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from sterna.align.answers_page import answers_part
 from sterna.align.auditor import DRIFT, WINDOW, Audit, Auditor, audit
 from sterna.align.rl import align_rl
 from sterna.align.rlhooks import RlHook
+from sterna.engine.llm import LLM
+from sterna.engine.request import SamplingParams
 
 
 def lines(folder, name="metrics.jsonl"):
@@ -51,6 +54,17 @@ def test_answers_are_kept_once_a_step(shown):
     assert page.count('data-step="4"') == 3
     assert "<script src" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_checkpoint_is_a_model_that_answers_as_the_run_did(shown, tmp_path):
+    folder = tmp_path / "actor"
+    shutil.copytree(shown / "run" / "checkpoints" / "step-00000004", folder)
+    shutil.rmtree(folder / "state")  # optimizer and critic are not needed to talk to it
+    found = [line for line in lines(shown, "answers.jsonl") if line["step"] == 4]
+    with LLM(str(folder), dtype="float32", threads=1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=6)
+        outputs = llm.generate([line["prompt"] for line in found], params)
+    assert [output.text for output in outputs] == [a["answer"] for a in found]
 
 
 def test_answers_do_not_change_what_is_learnt(shown, tmp_path):
@@ -103,7 +117,7 @@ def test_answers_are_escaped_and_marked():
     part = answers_part([line, {**line, "step": 5, "reward": 0.25}])
     assert "<i>" not in part
     assert "p&lt;/script&gt;" in part
-    assert "reward 0.250, unchanged" in part
+    assert "1 token, ended by length, reward 0.250, as at step 0" in part
     assert "ended by length" in part
     assert answers_part([]) == ""
 
