@@ -53,6 +53,15 @@ def test_a_conversion_within_the_limit_is_written(folder, capsys):
     assert convert(folder) == 2  # is there already
 
 
+def test_a_refused_conversion_goes_on_with_more_steps(folder, capsys):
+    """Also where a twentieth of them is another warm-up than the run began with."""
+    assert convert(folder, "--max-drop", "-100", "--steps", "4") != 0
+    assert "Train longer" in capsys.readouterr().err
+    assert convert(folder, "--max-drop", "100", "--steps", "22") == 0
+    report = (folder / "out.run" / "distill.jsonl").read_text().splitlines()
+    assert json.loads(report[-1])["step"] == 22
+
+
 def test_a_student_is_served_as_any_model(folder, capsys):
     """Completion, quantised weights of a quantised teacher's student, and quality in the second."""
     fp6, out = str(folder / "fp6"), str(folder / "out")
