@@ -40,6 +40,8 @@ ASKED = (
     "Give a short recipe for tea.",
 )
 console = Console()
+# (groups, size, seed) -> rollouts, seconds, drafted and accepted tokens
+Run = Callable[[int, int, int], tuple[list[Rollout], float, int, int]]
 
 
 def main() -> None:
@@ -47,9 +49,7 @@ def main() -> None:
     args = _arguments()
     set_threads(args.threads)
     kinds = args.what.split(",")
-    runs: dict[str, Callable[[int, int, int], tuple[list[Rollout], float]]] = {
-        kind: _contestant(kind, args) for kind in kinds
-    }
+    runs = {kind: _contestant(kind, args) for kind in kinds}
     rows = []
     for setting in args.groups.split(","):
         groups, _, size = setting.partition("x")
@@ -64,9 +64,7 @@ def main() -> None:
     (ROOT / "bench" / "results" / name).write_text(json.dumps(data, indent=1) + "\n")
 
 
-def _contestant(
-    kind: str, args: argparse.Namespace
-) -> Callable[[int, int, int], tuple[list[Rollout], float, int, int]]:
+def _contestant(kind: str, args: argparse.Namespace) -> Run:
     folder = resolve_model(args.model)
     tokenizer = load_tokenizer(folder)
     renderer = ChatRenderer(tokenizer)
@@ -93,7 +91,7 @@ def _contestant(
     return run
 
 
-def _measure(runs: dict, groups: int, size: int, rounds: int) -> list[dict[str, object]]:
+def _measure(runs: dict[str, Run], groups: int, size: int, rounds: int) -> list[dict[str, object]]:
     speeds: dict[str, list[float]] = {kind: [] for kind in runs}
     drafts = {kind: [0, 0] for kind in runs}
     for round_idx in range(-1, rounds):  # the first warms up: recorded steps, an earlier epoch
@@ -101,6 +99,7 @@ def _measure(runs: dict, groups: int, size: int, rounds: int) -> list[dict[str, 
         for kind, run in runs.items():
             found, seconds, drafted, accepted = run(groups, size, 100 * (round_idx + 1))
             texts[kind] = [rollout.completion.tolist() for rollout in found]
+            console.print(f"{groups * size} sequences, {kind}: {seconds:.1f} s")
             if round_idx >= 0:
                 speeds[kind].append(sum(map(len, texts[kind])) / seconds)
                 drafts[kind][0] += drafted

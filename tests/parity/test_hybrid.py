@@ -141,7 +141,7 @@ def test_six_bit_rollouts_follow_the_policy(folder):
     hybrid.publish()
     _, fresh = make(folder, weights="fp6")
     with torch.no_grad():
-        for mine, theirs in zip(fresh._policy.parameters(), model.parameters(), strict=True):
+        for mine, theirs in zip(fresh._copy._policy.parameters(), model.parameters(), strict=True):
             mine.copy_(theirs)
     fresh.publish()
     after = hybrid.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[5, 6, 7])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -11,22 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import load_policy, shared_critic, shares_base, without_adapter
+from sterna.align.answers import Answers
 from sterna.align.auditor import Auditor
-from sterna.align.config import RlRecipe
+from sterna.align.changes import changed
+from sterna.align.config import PromptSection, RlRecipe
 from sterna.align.critic import load_critic
-from sterna.align.draw import make_draw, make_toolbox, speaks_chat
+from sterna.align.distill.learner import DistillLearner
+from sterna.align.distill.teach import GivenDraw, load_teacher
+from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
+from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
-from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
-from sterna.align.prompts import PromptStream
+from sterna.align.prompts import PromptStream, that_fit
+from sterna.align.ptx import make_ptx
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
+from sterna.align.rlreport import RlReport
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
-from sterna.align.rollout_engine import engine_config
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
@@ -47,7 +53,6 @@ from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 from sterna.train.parts import trained
 from sterna.train.recipe import to_toml
-from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
 Schemas = Sequence[Mapping[str, Any]] | None
@@ -56,10 +61,14 @@ FREE = (
     "run.steps",
     "run.output",
     "run.threads",
+    "run.timeout_s",
+    "rollout.workers",
     "run.dump",
     "run.samples",
     "checkpoint.*",
     "eval.*",
+    "show.*",
+    "run.report",
 )
 
 
@@ -85,17 +94,16 @@ def build(
     tokenizer = load_tokenizer(
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
-    start = source or base
-    policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
+    policy = load_policy(recipe, base, source, device)
     if at is None:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    rollout = recipe.rollout
-    hybrid = HybridEngine(
-        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
-    )
-    learner = _learner(recipe, policy, hybrid, tokenizer, device)
+    hybrid = make_engine(recipe, policy, tokenizer)
+    asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
+    teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
+    learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
+    ask = make_draw(recipe, hybrid, tokenizer, toolbox)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
     return RlTrainer(
@@ -103,13 +111,14 @@ def build(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            draw=make_draw(recipe, hybrid, tokenizer, toolbox),
-            models=_models(recipe, policy, hybrid, learner, base, device),
+            draw=_draw(recipe, policy, ask, tokenizer),
+            ask=ask,
+            models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
-            eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
-            rewards=make_rewards(recipe, rewards, task, tokenizer),
+            prompts=PromptStream(asked, tokenizer, task, tools=told),
+            eval_prompts=_eval_prompts(recipe, asked, tokenizer, task, told),
+            rewards=make_rewards(recipe, rewards, task, tokenizer, policy),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks),
             files=tokenizer_files(tokenizer),
@@ -150,36 +159,26 @@ def _check_recipe(recipe: RlRecipe, folder: Path) -> None:
         )
 
 
-def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:
-    """Dotted key -> (value in `old`, value in `new`) where they differ."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = dict.fromkeys((*before, *after))
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
-        path = recipe.critic.path or recipe.model.path
-        model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
+        if shares_base(recipe):
+            model = shared_critic(recipe, policy)
+        else:
+            path = recipe.critic.path or recipe.model.path
+            model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
-    return Learner(
+    kind: Callable[..., Learner] = Learner
+    if teacher is not None and recipe.distill.loss == "full":
+        kind = partial(DistillLearner, teacher, recipe.distill)
+    return kind(
         _trained(policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
@@ -187,6 +186,7 @@ def _learner(
         _correction(recipe, hybrid),
         recipe.run.seed,
         device,
+        make_ptx(recipe.ptx, policy, tokenizer, device),
     )
 
 
@@ -200,12 +200,12 @@ def _distribution(recipe: RlRecipe) -> Distribution:
     return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
 
 
-def _is_exact(recipe: RlRecipe, hybrid: HybridEngine) -> bool:
-    """Whether a rollout's log-probs are the trainer's bits: its own weights, on the CPU."""
-    return hybrid.is_exact and recipe.model.device == "cpu"
+def _is_exact(recipe: RlRecipe, hybrid: RolloutEngine) -> bool:
+    """Whether a rollout's log-probs are the trainer's bits: its present weights, on the CPU."""
+    return hybrid.is_exact and recipe.model.device == "cpu" and not recipe.rollout.staleness
 
 
-def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
+def _correction(recipe: RlRecipe, hybrid: RolloutEngine) -> str:
     asked = recipe.algorithm.correction
     if asked != "auto":
         return asked
@@ -215,24 +215,37 @@ def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
 def _models(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     learner: Learner,
     base: Path,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Models:
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
     reference = None
-    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+    wants = bool(recipe.algorithm.kl_coef or recipe.algorithm.kl_target)
+    if wants and recipe.adapter is not None and not recipe.reference:
+        reference = without_adapter(policy, partial(scored, policy))
+    elif wants:
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)
+    elif teacher is not None and recipe.distill.loss == "sampled":
+        reference = partial(scored, teacher)
     critic = learner.critic
     return Models(
         policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
         reference=reference,
         critic=None if critic is None else partial(_values, critic.model, recipe, device),
     )
+
+
+def _draw(recipe: RlRecipe, policy: Decoder, ask: Draw, tokenizer: Tokenizer) -> Draw:
+    if recipe.distill.lmbda == 1:
+        return ask
+    scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
+    return GivenDraw(ask, recipe.distill.lmbda, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -255,11 +268,11 @@ def _values(
 
 
 def _eval_prompts(
-    recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None, told: Schemas
+    recipe: RlRecipe, asked: PromptSection, tokenizer: Tokenizer, task: Task | None, told: Schemas
 ) -> PromptStream | None:
-    if not recipe.eval.every:
+    if not (recipe.eval.every or recipe.show.every):
         return None
-    return PromptStream(recipe.prompts, tokenizer, task, "eval", told)
+    return PromptStream(asked, tokenizer, task, "eval", told)
 
 
 def _controller(recipe: RlRecipe) -> KLController:
@@ -269,7 +282,9 @@ def _controller(recipe: RlRecipe) -> KLController:
 
 def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     folder = recipe.run.output
-    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor()]
+    hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
+    hooks += [Answers(folder, recipe.show)] if recipe.show.every else []
+    hooks += [RlReport()] if recipe.run.report else []
     return hooks

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sterna.data.config import SourceConfig
+from sterna.data.config import DataConfig, SourceConfig
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -19,7 +20,7 @@ from sterna.train.config import (
     Section,
 )
 
-Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce", "distill"]
 
 
 class PromptSection(Section):
@@ -81,16 +82,28 @@ class RolloutSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; log-probs follow it")
     top_k: int = Field(default=0, ge=0, description="0 = off; log-probs follow it")
     stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
+    ignore_eos: bool = Field(
+        default=False, description="every completion has max_tokens tokens: for speed benches"
+    )
     weights: str = Field(
         default="policy",
-        description="policy = the trainer's own; fp6, int8, ... = a quantised copy, made anew "
-        "after each step, its mismatch corrected",
+        description="policy = the trainer's own; merged = a copy with the adapter folded in; fp6, "
+        "int8, ... = a quantised copy. Copies are made anew after each step, their mismatch "
+        "corrected",
     )
     speculation: bool = Field(
         default=False,
         description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
         "as many as measured steps say will pay",
     )
+    staleness: int = Field(
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
+    )  # fmt: skip
+    workers: int = Field(
+        default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
+        "make the completions; 0 = the trainer's own; the same tokens",
+    )  # fmt: skip
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
@@ -114,8 +127,9 @@ class AlgorithmSection(Section):
     """From rewards to gradients."""
 
     kind: Algorithm = Field(
-        default="grpo", description="ppo (critic, GAE), grpo, rloo, or reinforce (batch baseline)"
-    )
+        default="grpo", description="ppo (critic, GAE), grpo, rloo, reinforce (batch baseline), or "
+        "distill (a teacher instead of rewards; see [distill])",
+    )  # fmt: skip
     kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["auto", "reward", "loss"] = Field(
         default="auto", description="auto = reward for ppo, rloo and reinforce, loss for grpo"
@@ -172,6 +186,25 @@ class AlgorithmSection(Section):
     correction_low: float = Field(default=0.0, ge=0, description="bottom of the masks")
 
 
+class DistillSection(Section):
+    """Whom a student learns from, on what it writes itself."""
+
+    teacher: str = Field(default="", description="model with the student's tokenizer")
+    loss: Literal["full", "sampled"] = Field(
+        default="full", description="divergence over the vocabulary, or log p - log q of each "
+        "sampled token as its advantage (other vocabulary sizes)",
+    )  # fmt: skip
+    beta: float = Field(
+        default=1.0, ge=0, le=1, description="full: 1 = KL(student || teacher), 0 = KL(teacher || "
+        "student), between them GKD's divergence (arXiv 2306.13649)",
+    )  # fmt: skip
+    lmbda: float = Field(
+        default=1.0, ge=0, le=1, description="full: share of prompts that the student answers "
+        "itself; the others teach the rows' `completion`",
+    )  # fmt: skip
+    temperature: float = Field(default=1.0, gt=0, description="full: of both distributions")
+
+
 class CriticSection(Section):
     """PPO's value function."""
 
@@ -181,9 +214,34 @@ class CriticSection(Section):
     optim: OptimSection = Field(
         default=OptimSection(lr=1e-5), description="of the critic; see [optim]"
     )
+    shared: bool | None = Field(
+        default=None, description="an adapter and a score on the policy's base, which has an "
+        "[adapter]; auto = where the critic starts from that base",
+    )  # fmt: skip
     warmup_steps: int = Field(
         default=0, ge=0, description="first steps that train the critic alone"
     )
+
+
+class PtxSection(Section):
+    """A language-model loss beside the policy's (InstructGPT's ptx, arXiv 2203.02155, eq. 2)."""
+
+    coef: float = Field(
+        default=0.0, ge=0, description="its weight in every update of the policy; 0 = none. Means "
+        "are weighed: InstructGPT's 27.8 is one of sums",
+    )  # fmt: skip
+    rows: int = Field(default=1, gt=0, description="packed rows beside each update")
+    data: DataConfig | None = Field(
+        default=None, description="texts, or chats of which answers count; begun anew at their end"
+    )
+
+    @model_validator(mode="after")
+    def _has_data(self) -> PtxSection:
+        if self.coef and self.data is None:
+            raise ValueError(
+                "ptx.coef is set, but nothing to learn from; give [[ptx.data.sources]]"
+            )
+        return self
 
 
 class RewardSection(Section):
@@ -210,7 +268,12 @@ class RlRunSection(Section):
     steps: int = Field(default=100, gt=0, description="rollout steps")
     seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="longest call on another process; the run then ends and "
+        "names it",
+    )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
+    report: bool = Field(default=True, description="write report.html when the run ends")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
 
@@ -220,6 +283,16 @@ class RlEvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evals; 0 = none")
     prompts: int = Field(default=32, gt=0, description="held-out prompts of one eval")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
+
+
+class ShowSection(Section):
+    """How answers to fixed prompts change over the steps: answers.html."""
+
+    every: int = Field(default=0, ge=0, description="steps between them; 0 = not shown")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="texts that are answered; empty = held-out prompts, with rewards"
+    )
+    count: int = Field(default=4, gt=0, description="how many held-out prompts")
 
 
 class RlRecipe(Section):
@@ -233,14 +306,20 @@ class RlRecipe(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     critic: CriticSection = CriticSection()
+    adapter: AdapterConfig | None = Field(
+        default=None, description="the policy is a frozen base with this adapter"
+    )
+    distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
+    ptx: PtxSection = PtxSection()
     optim: OptimSection = OptimSection(lr=1e-6)
     schedule: ScheduleSection = ScheduleSection(kind="constant")
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()
+    show: ShowSection = ShowSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RlRecipe:
@@ -249,7 +328,64 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.adapter is not None:
+            _check_adapter(self.adapter)
+        if self.algorithm.dynamic_sampling and self.rollout.staleness:
+            raise ValueError(
+                "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
+                "from those before; leave one of them out"
+            )
+        if kind == "distill":
+            _check_distill(self)
+            return self
+        if self.distill.teacher:
+            raise ValueError('distill.teacher is read by algorithm.kind = "distill" only')
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
+        self._without_effect()
         return self
+
+    def _without_effect(self) -> None:
+        """ValueError for keys that this loop does not read."""
+        model = self.model
+        refused = {
+            "model.config": model.config is not None,
+            'model.backend = "hf"': model.backend == "hf",
+            "model.neftune_alpha": model.neftune_alpha > 0,
+            "critic.optim.ema_decay": self.critic.optim.ema_decay > 0,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{name} has no effect on reinforcement learning; leave it out")
+
+
+def _check_adapter(adapter: AdapterConfig) -> None:
+    """Refuse what would part a rollout's forward from that of its training step."""
+    if adapter.kind != "lora":
+        raise ValueError(
+            'adapter.kind is "dora", which rollouts do not run bit for bit; use "lora"'
+        )
+    if adapter.dropout:
+        raise ValueError(
+            "adapter.dropout is above 0: a training step would not score what the policy drew; "
+            "leave it out"
+        )
+
+
+def _check_distill(recipe: RlRecipe) -> None:
+    """ValueError for settings of rewards' learning that distillation does not read."""
+    if not recipe.distill.teacher:
+        raise ValueError('algorithm.kind = "distill" needs distill.teacher')
+    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+        raise ValueError("distill has no reference beside its teacher; leave algorithm.kl_* out")
+    if recipe.distill.lmbda < 1 and recipe.rollout.staleness:
+        raise ValueError(
+            "distill.lmbda < 1 asks the student in training; set rollout.staleness = 0"
+        )
+    is_cut = recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0
+    if recipe.distill.loss == "sampled" and (is_cut or recipe.distill.lmbda < 1):
+        raise ValueError(
+            'distill.loss = "sampled" reads tokens drawn from all of the student\'s distribution; '
+            "set rollout.top_p = 1, rollout.top_k = 0 and distill.lmbda = 1"
+        )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sterna.align.config import RlRecipe
-from sterna.align.hybrid import HybridEngine, Sampling
+from sterna.align.engines import RolloutEngine
+from sterna.align.hybrid import Sampling
 from sterna.align.prompts import Prompt, renders_chat
 from sterna.align.rollout import Rollout
 from sterna.align.tools.protocol import ChatProtocol, PlainProtocol
@@ -37,7 +38,7 @@ class EngineDraw:
     """The engine's completions, through the tools where there are any."""
 
     def __init__(
-        self, hybrid: HybridEngine, toolbox: Toolbox | None, turns: ToolTurns | None
+        self, hybrid: RolloutEngine, toolbox: Toolbox | None, turns: ToolTurns | None
     ) -> None:
         self._hybrid = hybrid
         self._toolbox = toolbox
@@ -74,7 +75,7 @@ def speaks_chat(recipe: RlRecipe, tokenizer: Tokenizer) -> bool:
 
 
 def make_draw(
-    recipe: RlRecipe, hybrid: HybridEngine, tokenizer: Tokenizer, toolbox: Toolbox | None
+    recipe: RlRecipe, hybrid: RolloutEngine, tokenizer: Tokenizer, toolbox: Toolbox | None
 ) -> Draw:
     """ConfigError for a chat template without a place for tools' answers."""
     if toolbox is None:

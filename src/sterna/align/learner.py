@@ -26,6 +26,7 @@ from sterna.align.loss import (
     rollout_correction,
     value_loss,
 )
+from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
 from sterna.core.errors import NonFiniteError
@@ -91,9 +92,11 @@ class Learner:
         correction: str,
         seed: int,
         device: torch.device,
+        ptx: Ptx | None = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
+        self.ptx = ptx
         self._settings = settings
         self._distribution = distribution
         self._correction: Any = correction
@@ -130,7 +133,12 @@ class Learner:
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
-        return {name: _merged(name, values) for name, values in logs.items()}
+        found = {name: _merged(name, values) for name, values in logs.items()}
+        low, high = logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"]
+        if low and high:
+            found["clip_ratio/low_min"], found["clip_ratio/high_max"] = min(low), max(high)
+            found["clip_ratio/region_mean"] = (sum(low) + sum(high)) / len(low)
+        return found
 
     def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
         order = Permutation(count, mix(self._seed, step, epoch)) if count else None
@@ -143,16 +151,18 @@ class Learner:
         layout = _chosen_layout(experience.layout, chosen)
         return token_weights(layout, self._settings.aggregate, max_tokens)
 
-    def _policy_step(self, parts: Sequence[_Part], kl_coef: float, lr: float) -> dict[str, float]:
+    def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
-        self.policy.gradients.begin(len(parts))
+        self.policy.gradients.begin(len(parts) + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
             self.policy.gradients.add()
+        if self.ptx is not None:
+            logs["ptx_loss"] = self.ptx.add(self.policy)
         logs["grad_norm"] = self.policy.update(lr, "policy")
         return dict(logs)
 
-    def _policy_micro(self, part: _Part, kl_coef: float, logs: dict[str, float]) -> None:
+    def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
         model: TrainModel = self.policy.model
         logprobs, entropy = completion_logprobs(
             model, part.rollouts, self._distribution, device=self._device
@@ -187,7 +197,7 @@ class Learner:
         logs["ratio/min"] = min(logs.get("ratio/min", math.inf), float(found.ratio_min))
         logs["approx_kl"] += float(found.approx_kl)
 
-    def _critic_step(self, critic: Trained, parts: Sequence[_Part], lr: float) -> dict[str, float]:
+    def _critic_step(self, critic: Trained, parts: Sequence[Part], lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         critic.gradients.begin(len(parts))
         for part in parts:
@@ -206,7 +216,7 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """The completions of one micro-batch; fields [n] of the experience."""
 
     rollouts: tuple[Rollout, ...]
@@ -220,7 +230,7 @@ class _Part:
     returns: Tensor | None
 
 
-def _kl(part: _Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+def _kl(part: Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
     """The weighted KL to the reference: a scalar with a graph."""
     mask = part.layout.mask
     d = torch.where(mask, logprobs - ref, 0.0)
@@ -244,7 +254,7 @@ def _chosen_layout(layout: Layout, chosen: Sequence[int]) -> Layout:
 
 def _cut(
     experience: Experience, chosen: Sequence[int], weights: Tensor, micro_tokens: int
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """The minibatch in micro-batches of at most `micro_tokens` tokens, prompts included."""
     at, micro, room = 0, list[int](), 0
     cuts: list[tuple[list[int], int]] = []
@@ -261,10 +271,10 @@ def _cut(
         yield _part(experience, members, weights, begin)
 
 
-def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> _Part:
+def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> Part:
     rows = _rows(experience.layout, members)
     take: Callable[[Tensor | None], Any] = lambda x: None if x is None else x[rows]  # noqa: E731
-    return _Part(
+    return Part(
         rollouts=tuple(experience.rollouts[i] for i in members),
         layout=_chosen_layout(experience.layout, members),
         weights=weights[begin : begin + len(rows)],

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from sterna.cli.align_pipeline import EXIT_OF, print_table, run_pipeline
 from sterna.cli.flags import AsJson
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
 
 if TYPE_CHECKING:
     from sterna.align.config import RlRecipe
+    from sterna.align.pipeline.config import AlignRecipe
     from sterna.align.rlresult import RlResult
 
-# As shells have it: 128 + the signal's number.
-_EXIT_OF = {"interrupted": 130, "terminated": 143}
 _NOT_EQUAL = 10  # as `sterna train --verify` leaves
 
 
@@ -29,14 +29,17 @@ def align(
     replay: Path | None = None,
     as_json: AsJson = False,
 ) -> int:
-    """Align a model by a recipe: PPO, GRPO, RLOO or REINFORCE on the hybrid engine.
+    """Align a model by a recipe: fine-tuning, a reward model and PPO, or one of these.
+
+    A recipe with tables [sft], [reward] and [rl] has up to three steps, one after the other; any
+    other is reinforcement learning alone: PPO, GRPO, RLOO or REINFORCE on the hybrid engine.
 
     Parameters
     ----------
     recipe
         TOML files, layered left to right, and overrides such as --optim.lr=1e-6.
     resume
-        Go on from the newest checkpoint of run.output, bit by bit on a CPU.
+        Go on from the newest checkpoint of run.output, bit by bit on a CPU; finished steps stay.
     settings
         List every setting of a recipe with its default, and stop.
     show
@@ -57,11 +60,19 @@ def align(
 
         print(to_toml(chosen), end="")
         return 0
-    return _run(chosen, resume, as_json) if replay is None else _replay(chosen, replay, as_json)
-
-
-def _read(arguments: tuple[str, ...]) -> RlRecipe:
     from sterna.align.config import RlRecipe
+
+    if isinstance(chosen, RlRecipe):
+        return _run(chosen, resume, as_json) if replay is None else _replay(chosen, replay, as_json)
+    if replay is not None:
+        raise ConfigError("--replay is of a step of [rl]; give the recipe.toml of its folder 3-rl")
+    return run_pipeline(chosen, resume, as_json)
+
+
+def _read(arguments: tuple[str, ...]) -> RlRecipe | AlignRecipe:
+    from sterna.align.config import RlRecipe
+    from sterna.align.pipeline.config import AlignRecipe
+    from sterna.align.pipeline.inherit import FOLDERS
     from sterna.train.recipe import make_recipe, read_layers
 
     files = [Path(word) for word in arguments if not word.startswith("--")]
@@ -70,7 +81,10 @@ def _read(arguments: tuple[str, ...]) -> RlRecipe:
         raise ConfigError(
             "no recipe given; write sterna align RECIPE.toml (sterna align --settings lists keys)"
         )
-    return make_recipe(read_layers(files, flags), RlRecipe)
+    values = read_layers(files, flags)
+    if values.keys() & {"steps", *FOLDERS}:
+        return make_recipe(values, AlignRecipe)
+    return make_recipe(values, RlRecipe)
 
 
 def _run(recipe: RlRecipe, resume: bool, as_json: bool) -> int:
@@ -83,7 +97,7 @@ def _run(recipe: RlRecipe, resume: bool, as_json: bool) -> int:
         print(json.dumps(_as_dict(result)))
     else:
         _print_result(result)
-    return _EXIT_OF.get(result.outcome, 0)
+    return EXIT_OF.get(result.outcome, 0)
 
 
 def _replay(recipe: RlRecipe, dump: Path, as_json: bool) -> int:
@@ -96,7 +110,7 @@ def _replay(recipe: RlRecipe, dump: Path, as_json: bool) -> int:
         print(json.dumps({"is_identical": found.is_identical, "figures": both}))
     else:
         rows = ((name, f"{found.then[name]!r}", f"{found.now[name]!r}") for name in names)
-        _print_table(("figure", "then", "now"), rows)
+        print_table(("figure", "then", "now"), rows)
         print("identical" if found.is_identical else "not identical: gradient norm or loss differ")
     return 0 if found.is_identical else _NOT_EQUAL
 
@@ -114,20 +128,16 @@ def _as_dict(result: RlResult) -> dict[str, Any]:
 
 def _print_changes(recipe: RlRecipe) -> None:
     """What the recipe sets, beside the default it replaces."""
-    from sterna.align.build import changed
-    from sterna.align.config import PromptSection, RlRecipe
+    from sterna.align.changes import from_defaults
 
-    prompts = PromptSection(task="-")  # has no default: "-" stands for none
-    found = changed(RlRecipe(prompts=prompts), recipe)
-    rows = [(key, "" if old is None else str(old), str(new)) for key, (old, new) in found.items()]
-    _print_table(("setting", "default", "value"), rows, to_stderr=True)
+    print_table(("setting", "default", "value"), from_defaults(recipe), to_stderr=True)
 
 
 def _print_result(result: RlResult) -> None:
     reward = "" if result.reward is None else f", reward {result.reward:.4f}"
     held_out = "" if result.eval_reward is None else f", held-out reward {result.eval_reward:.4f}"
     print(f"{result.outcome} after {result.steps} steps{reward}{held_out}")
-    if result.outcome in _EXIT_OF:
+    if result.outcome in EXIT_OF:
         print(f"saved in {result.checkpoint}; go on with the same command and --resume")
     else:
         print(f"model: {result.model} (sterna chat {result.model})")
@@ -135,18 +145,12 @@ def _print_result(result: RlResult) -> None:
 
 def _list_settings() -> int:
     from sterna.align.config import RlRecipe
+    from sterna.align.pipeline.settings import pipeline_settings
     from sterna.train.settings import all_settings
 
-    found = all_settings(RlRecipe)
-    _print_table(("setting", "default", "meaning"), ((s.name, s.default, s.meaning) for s in found))
+    heads = ("setting", "default", "meaning")
+    print("One table, reinforcement learning:")
+    print_table(heads, ((s.name, s.default, s.meaning) for s in all_settings(RlRecipe)))
+    print("\nThree steps:")
+    print_table(heads, ((s.name, s.default, s.meaning) for s in pipeline_settings()))
     return 0
-
-
-def _print_table(heads: tuple[str, ...], rows: Any, to_stderr: bool = False) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*heads, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    Console(stderr=to_stderr, highlight=False, markup=False).print(table)

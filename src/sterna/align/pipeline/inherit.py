@@ -20,6 +20,7 @@ from sterna.train.config import ModelSection
 FOLDERS = {"sft": "1-sft", "reward": "2-reward", "rl": "3-rl"}
 Values = dict[str, Any]
 _DEFAULT_OUTPUT = "runs/align"
+_TABLES = ("run", "model", "data", "prompts", "algorithm", "critic", "ptx")
 _ORIGINS = ("path", "config", "tokenizer")
 # Of [data], for prompts; the order and the cuts follow from the same seed.
 _PROMPTS = ("sources", "seed", "held_out", "split", "template_kwargs", "on_bad_row")
@@ -65,6 +66,8 @@ def _is_sound(values: Values) -> bool:
 
 def _complete(values: Values, name: str, part: int, tables: list[str]) -> None:
     table: Values = values[name]
+    if any(not isinstance(table.get(key, {}), dict) for key in _TABLES):
+        return  # the recipe's own check names it
     run = values.get("run", {})
     output = str(Path(run.get("output", _DEFAULT_OUTPUT)) / FOLDERS[name])
     own = table.get("run", {})
@@ -127,16 +130,21 @@ def _complete_rl(values: Values, table: Values, part: int, tables: list[str]) ->
     if data is not None and not any(prompts.get(key) for key in ("path", "sources", "task")):
         common = {key: data[key] for key in _PROMPTS if key in data}
         table["prompts"] = _with_part("rl", {**common, **prompts}, part)
+    ptx = table.get("ptx", {})
+    if ptx.get("coef") and ptx.get("data") is None and "data" in (values.get("sft") or {}):
+        ptx["data"] = values["sft"]["data"]  # step 1's, which is complete by now
     algorithm = table.setdefault("algorithm", {})
     algorithm.setdefault("kind", "ppo")
     if "reward" not in tables:
         return
     model = model_of_step(values.get("run", {}).get("output", _DEFAULT_OUTPUT), "reward")
     rewards = table.get("rewards") or [{"kind": "model"}]
-    table["rewards"] = [
-        {**one, "path": model} if one.get("kind") == "model" and not one.get("path") else one
-        for one in rewards
-    ]
+    table["rewards"] = [{**one, "path": model} if _is_unnamed(one) else one for one in rewards]
     if algorithm["kind"] == "ppo":
         critic = table.setdefault("critic", {})
         critic["path"] = critic.get("path") or model
+
+
+def _is_unnamed(reward: Any) -> bool:
+    """Whether a reward is a model of which nobody says which."""
+    return isinstance(reward, dict) and reward.get("kind") == "model" and not reward.get("path")

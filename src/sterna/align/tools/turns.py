@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sterna.align.hybrid import HybridEngine, Sampling
+from sterna.align.engines import RolloutEngine
+from sterna.align.hybrid import Sampling
 from sterna.align.rollout import Rollout
 from sterna.align.tools.protocol import ToolProtocol
 from sterna.align.tools.toolbox import Toolbox, ToolRequest, ToolResult
@@ -35,7 +36,7 @@ class ToolTurns:
 
     def __init__(
         self,
-        hybrid: HybridEngine,
+        hybrid: RolloutEngine,
         tokenizer: Tokenizer,
         toolbox: Toolbox,
         protocol: ToolProtocol,
