@@ -37,8 +37,9 @@ def convert(folder, *flags, steps=4):
     return run(
         [
             "convert", "swiftkv", str(folder / "model"), "--data", str(folder / "chats.jsonl"),
-            "-o", str(folder / "out"), "--steps", str(steps), "--rows-per-step", "2", "--seq-len", "96",
-            "--held-out", "0.1", "--eval-rows", "4", "--dtype", "float32", "--threads", "1", *flags,
+            "-o", str(folder / "out"), "--steps", str(steps), "--rows-per-step", "2",
+            "--seq-len", "96", "--held-out", "0.1", "--eval-rows", "4", "--dtype", "float32",
+            "--threads", "1", *flags,
         ]
     )  # fmt: skip
 
