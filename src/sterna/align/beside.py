@@ -3,6 +3,8 @@
 RUN/model/    the policy's last weights
 RUN/ema/      their average, with optim.ema_decay; DeepSpeed-Chat found that it often reads better
 RUN/critic/   PPO's value function, a folder like a reward model's
+
+Of an adapted policy, and a critic on its base, these are PEFT's files, with the score beside them.
 """
 
 from __future__ import annotations
@@ -10,10 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sterna.model.value import ValueModel, value_hf_config, value_tensors
+from sterna.align.adapted import policy_files, value_files
+from sterna.model.value import ValueModel
 from sterna.train.checkpoint import publish
-from sterna.train.sft import Sft
-from sterna.train.task import Weights
 
 if TYPE_CHECKING:
     from sterna.align.rltrainer import RlParts
@@ -27,8 +28,9 @@ def publish_beside(parts: RlParts, latest: Path) -> None:
     output, learner = parts.recipe.run.output, parts.learner
     if parts.ema is not None:
         with parts.ema.in_place():
-            publish(latest, output / "ema", Sft().weights(learner.policy.model), parts.files)
+            weights = policy_files(parts.recipe, learner.policy.model)
+            publish(latest, output / "ema", weights, parts.files)
     critic = learner.critic.model if learner.critic is not None else None
     if isinstance(critic, ValueModel):
-        weights = Weights(value_tensors(critic), value_hf_config(critic), {})
+        weights = value_files(critic, parts.recipe.model.path)
         publish(latest, output / "critic", weights, parts.files)
