@@ -25,12 +25,13 @@ def publish_beside(parts: RlParts, latest: Path) -> None:
 
     OSError for a full disk, with what was there before left as it was.
     """
-    output, learner = parts.recipe.run.output, parts.learner
+    recipe, learner = parts.recipe, parts.learner
+    output = recipe.run.output
     if parts.ema is not None:
         with parts.ema.in_place():
-            weights = policy_files(parts.recipe, learner.policy.model)
+            weights = policy_files(recipe, learner.policy.model)
             publish(latest, output / "ema", weights, parts.files)
     critic = learner.critic.model if learner.critic is not None else None
     if isinstance(critic, ValueModel):
-        weights = value_files(critic, parts.recipe.model.path)
+        weights = value_files(critic, recipe.model.path)
         publish(latest, output / "critic", weights, parts.files)

@@ -59,7 +59,7 @@ _SECTIONS = (
     ("Reward", ("reward", "frac_reward")),
     ("Policy", ("kl", "entropy", "loss", "grad_norm", "learning_rate", "approx_kl", "reverse_kl",
                 "num_tokens")),
-    ("Completions", ("completions/", "tools/")),
+    ("Completions", ("completions/", "tools/", "prompts/")),
     ("Critic", ("value", "explained_variance")),
     ("Rollouts against trainer", ("sampling/", "drafts", "speculation")),
     ("Time", ("time/", "tokens_per_s", "samples_per_s")),
