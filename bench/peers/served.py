@@ -39,13 +39,13 @@ def measure_server(
     spec: PeerSpec, cores: list[int], prompts: Path, tokenizer: Path, count: int, seed: int
 ) -> dict[str, Any]:
     """Start the peer's server, load it, stop it; the client's figures and `ready_s`."""
-    port = _free_port()
+    port = free_port()
     command = spec.server_command(port, len(cores))
     assert command is not None
     started = time.perf_counter()
     process = start(command, cores, f"{spec.name}-server.log", stdout=subprocess.DEVNULL)
     try:
-        _wait_ready(process, port, spec.name)
+        wait_ready(process, port, spec.name)
         ready_s = time.perf_counter() - started
         warm_up = prompts.with_name("warm-up.jsonl")
         write_prompts(warm_up, tokenizer, 2, seed=-1)  # other texts: no cache may know the load's
@@ -70,7 +70,8 @@ def _load(
     return json.loads(out)
 
 
-def _wait_ready(process: subprocess.Popen[str], port: int, name: str) -> None:
+def wait_ready(process: subprocess.Popen[str], port: int, name: str) -> None:
+    """Return when the server says it is healthy; PeerError when it ends or takes too long."""
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -85,7 +86,8 @@ def _wait_ready(process: subprocess.Popen[str], port: int, name: str) -> None:
     raise PeerError(f"{name}'s server was not ready after {_READY_S:.0f} s")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
