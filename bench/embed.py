@@ -1,11 +1,13 @@
 """Embeddings: Sterna against its rivals in one interleaved run, offline and through HTTP.
 
     python bench/embed.py MODEL --peers-python .peers/embed/bin/python [--repeats 5]
+        [--peers sterna-int8,ctranslate2-int8 --no-http --into FILE.json]
 
 MODEL: a folder of all-MiniLM-L6-v2. Three sets of 256 texts of random vocabulary words: about 128
 tokens, about 16, and 8 to 512 mixed. Text in, unit vectors out. Every peer's vectors must agree
 with sentence-transformers in float32 (cosine) before any clock starts. Rivals get their best batch
-of 32 and 128. Peers that are not on turn are stopped; figures are medians of tokens/s.
+of 32 and 128. Peers that are not on turn are stopped; figures are medians of tokens/s. With --into
+a long run is taken in pieces (one precision each, HTTP last): each call adds its figures.
 """
 
 from __future__ import annotations
@@ -234,20 +236,60 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """What `path` holds already with this piece's figures over it."""
+    if path is None or not path.exists():
+        return result
+    kept: dict[str, Any] = json.loads(path.read_text())
+    if (kept["tokens"], kept["threads"]) != (result["tokens"], result["threads"]):
+        raise ValueError(f"{path} was measured on other texts or with other threads")
+    for name, by_peer in result.pop("samples", {}).items():
+        kept["samples"].setdefault(name, {}).update(by_peer)
+    for key in ("missing", "cosines"):
+        kept[key] |= result.pop(key, {})
+    return {**kept, **result}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--peers-python", default=str(HERE.parent / ".peers/embed/bin/python"))
-    parser.add_argument("--peers", default=",".join([*OURS, *RIVALS]))
+    parser.add_argument("--peers", default=",".join([*OURS, *RIVALS]), help="'' = only over HTTP")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-http", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--into", type=Path, help="a JSON file of earlier pieces, perhaps new")
     args = parser.parse_args()
     sets, counts = text_sets(args.model)
     result: dict[str, Any] = {"date": datetime.now().isoformat(timespec="seconds"),
                               "machine": fingerprint().as_dict(), "threads": args.threads,
                               "tokens": counts}  # fmt: skip
+    if args.peers:
+        compare(args, sets, counts, result)
+    if not args.no_http:
+        result["http"] = time_http(args, sets, counts)
+        result["matrix_share"] = matrix_share(args, sets)
+    result = merged(result, args.into)
+    result["medians"] = {
+        name: {peer: median(v) for peer, v in by_peer.items()}
+        for name, by_peer in result["samples"].items()
+    }
+    table = report(result)
+    print(table)
+    path = args.into or args.out / f"embed-{result['date'].replace(':', '')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+    path.with_suffix(".md").write_text(f"{fingerprint().line()}, tokens/s\n\n{table}\n")
+
+
+def compare(
+    args: argparse.Namespace,
+    sets: dict[str, list[str]],
+    counts: dict[str, int],
+    result: dict[str, Any],
+) -> None:
+    """Start the peers, check their vectors, time them."""
     asked = args.peers.split(",")
     names = asked if ORACLE in asked else [*asked, ORACLE]
     peers, result["missing"] = start_peers(names, args)
@@ -258,19 +300,6 @@ def main() -> None:
     finally:
         for peer in peers:
             peer.close()
-    result["medians"] = {
-        name: {peer: median(v) for peer, v in by_peer.items()}
-        for name, by_peer in result["samples"].items()
-    }
-    if not args.no_http:
-        result["http"] = time_http(args, sets, counts)
-    result["matrix_share"] = matrix_share(args, sets)
-    table = report(result)
-    print(table)
-    name = f"embed-{result['date'].replace(':', '')}"
-    args.out.mkdir(exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    (args.out / f"{name}.md").write_text(f"{fingerprint().line()}, tokens/s\n\n{table}\n")
 
 
 if __name__ == "__main__":

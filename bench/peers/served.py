@@ -71,7 +71,7 @@ def _load(
 
 
 def wait_ready(process: subprocess.Popen[str], port: int, name: str) -> None:
-    """Return when the server says it is healthy; PeerError when it ends or takes too long."""
+    """Until /health answers 200. PeerError when the server ends or takes too long."""
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -87,7 +87,7 @@ def wait_ready(process: subprocess.Popen[str], port: int, name: str) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A loopback port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -49,7 +49,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "+ chunked loss": {"longseq": {"head_rows": 256}},
     "+ checkpoints *": {"longseq": {"checkpoint": True, "head_rows": 256}, **SHORT},
     "+ tiled MLP *": {"longseq": {"checkpoint": True, "mlp_tile": 1024, "head_rows": 256}, **SHORT},
-    "+ tiled attention half": {"longseq": TILES},
+    "+ tiled attention half *": {"longseq": TILES, **SHORT},
     "+ checkpoints on disk *": {"longseq": {**TILES, "tier": "disk"}, **SHORT},
     "the same with float32 states, masters *": {"longseq": {**TILES, "tier": "disk"}, **FULL},
     "+ states and weights on disk *": {

@@ -26,7 +26,7 @@ def llama(
         "hidden_size": hidden, "intermediate_size": inner or 4 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": max(1, heads // 4), "vocab_size": vocab,
-        "max_position_embeddings": 65_536, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "max_position_embeddings": 262_144, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "hidden_act": "silu",
     }  # fmt: skip
 

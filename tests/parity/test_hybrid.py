@@ -13,6 +13,7 @@ from sterna.align.rollout import rollout_logprobs
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.core.errors import TrainError
 from sterna.engine.config import EngineConfig
+from sterna.engine.stepcost import CostPoint, StepCost
 from sterna.kernels.load import load_kernels
 from sterna.kernels.scores import Distribution
 from sterna.model.load import load_model
@@ -147,3 +148,29 @@ def test_six_bit_rollouts_follow_the_policy(folder):
     wanted = fresh.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[5, 6, 7])
     assert [r.completion.tolist() for r in after] == [r.completion.tolist() for r in wanted]
     assert [r.completion.tolist() for r in after] != [r.completion.tolist() for r in first]
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], Sampling(20, temperature=0.3)])
+def test_guesses_of_siblings_and_earlier_epochs_change_nothing(folder, sampling):
+    model, plain = make(folder)
+    config = EngineConfig(token_budget=64, num_kv_blocks=64, dtype="float32", threads=1)
+    guessing = HybridEngine(model, load_tokenizer(folder), config, speculation=True)
+    # Rows that cost nothing, so that every guess is tried.
+    guessing.engine.speculator.cost = StepCost((CostPoint(1, 1.0), CostPoint(1024, 1.0)))
+    accepted = 0
+    for epoch in range(3):  # the last with new weights, for which old completions are worse guesses
+        if epoch == 2:
+            change(model)
+            plain.publish()
+            guessing.publish()
+        wanted = plain.generate(PROMPTS, 6, sampling, seeds=[1, 2, 3])
+        found = guessing.generate(PROMPTS, 6, sampling, seeds=[1, 2, 3])
+        assert [r.completion.tolist() for r in found] == [r.completion.tolist() for r in wanted]
+        assert torch.equal(rollout_logprobs(found), rollout_logprobs(wanted))
+        count = guessing.drafts.take()
+        assert count.num_drafted > 0
+        accepted += count.num_accepted
+        if epoch == 1:  # the same seeds again: what the first epoch said is what is drawn
+            assert count.num_accepted > 0.5 * sum(len(r.completion) for r in wanted)
+    assert accepted > 0
+    guessing.engine.check_integrity()

@@ -14,6 +14,8 @@ from sterna.train import verify as verify_module
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import Recipe
 from sterna.train.longseq.config import LongseqSection
+from sterna.train.offload import weights as weights_module
+from sterna.train.offload.config import OffloadSection
 from sterna.train.trial import Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
 from sterna.train.verify import verify
@@ -130,3 +132,39 @@ def test_an_adapter_is_compared_with_plain_training_of_the_adapter(folder):
     names = [check.feature for check in certificate.checks]
     assert "long rows" in names
     assert "parts" in certificate.checks[0].errors.worst_grad  # adapters alone have gradients
+
+
+OFFLOADED = {
+    "longseq": LongseqSection(checkpoint=True),
+    "offload": OffloadSection(states="disk", weights="disk"),
+}
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=4)])
+def test_offloaded_weights_and_states_are_compared(folder, tmp_path, adapter):
+    recipe = recipe_of(folder, {}).model_copy(update=OFFLOADED | {"adapter": adapter})
+    recipe = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"output": tmp_path / "run"})}
+    )
+    certificate = verify(recipe)
+    assert certificate.is_passed, certificate.text()
+    names = [check.feature for check in certificate.checks]
+    assert names[-3:] == ["offloaded weights", "all", "offloaded states"]
+    assert certificate.checks[-1].errors.worst == 0.0
+    assert not list((tmp_path / "run").iterdir())  # their file has no name
+
+
+def test_weights_that_come_back_wrong_are_seen(folder, tmp_path, monkeypatch):
+    plain = weights_module.cut
+
+    def shifted(piece, memory):
+        return {name: tensor.roll(1) for name, tensor in plain(piece, memory).items()}
+
+    monkeypatch.setattr(weights_module, "cut", shifted)
+    recipe = recipe_of(folder, {}).model_copy(update=OFFLOADED)
+    recipe = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"output": tmp_path / "run"})}
+    )
+    certificate = verify(recipe)
+    failed = {check.feature for check in certificate.checks if not check.is_passed}
+    assert failed == {"offloaded weights", "all"}

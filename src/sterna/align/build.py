@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sterna.align.auditor import Auditor
-from sterna.align.config import RewardSection, RlRecipe
-from sterna.align.critic import check_tokenizer, load_critic
+from sterna.align.config import RlRecipe
+from sterna.align.critic import load_critic
+from sterna.align.distill.learner import DistillLearner
+from sterna.align.distill.teach import GivenDraw, load_teacher
+from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
+from sterna.align.engines import RolloutEngine, make_engine
 from sterna.align.experience import Models
-from sterna.align.hybrid import HybridEngine
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
-from sterna.align.reward import Reward, RewardSum, Sample
-from sterna.align.reward_model import ModelReward
-from sterna.align.rewards_io import FunctionReward, HttpReward
+from sterna.align.reward import Reward
+from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
+from sterna.align.tools.toolbox import Toolbox
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
-from sterna.engine.config import EngineConfig
 from sterna.kernels.device import check_device, set_threads
 from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
@@ -49,20 +52,19 @@ from sterna.train.recipe import to_toml
 from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
+Schemas = Sequence[Mapping[str, Any]] | None
 # What a resumed run may change: how long, where to, and what changes no bit of it.
 FREE = (
     "run.steps",
     "run.output",
     "run.threads",
+    "run.timeout_s",
+    "rollout.workers",
     "run.dump",
     "run.samples",
     "checkpoint.*",
     "eval.*",
 )
-# Blocks beside those of the completions: partly filled ones, and a place for the null block.
-_SPARE_BLOCKS = 8
-_BLOCK = 16
-_MAX_SEQS = 256
 
 
 def build(
@@ -70,11 +72,17 @@ def build(
     resume: bool = False,
     rewards: Sequence[Reward] = (),
     hooks: Sequence[RlHook] = (),
+    at: Path | None = None,
 ) -> RlTrainer:
-    """Everything `align_rl` needs, ready to start. Errors as `align_rl`."""
+    """Everything `align_rl` needs, ready to start. Errors as `align_rl`.
+
+    `at`: a checkpoint to go on from, not the newest; the run's folder is then left as it is.
+    """
     check_device(recipe.model.device)
     set_threads(recipe.run.threads)
-    source = _source(recipe, resume)
+    source = at or _source(recipe, resume)
+    if source is not None:
+        _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
     device = torch.device(recipe.model.device)
     base = resolve_model(recipe.model.path)
@@ -83,22 +91,27 @@ def build(
     )
     start = source or base
     policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
-    write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
-    hybrid = HybridEngine(policy, tokenizer, _engine_config(recipe), recipe.rollout.weights)
-    learner = _learner(recipe, policy, hybrid, tokenizer, device)
+    if at is None:
+        write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
+    hybrid = make_engine(recipe, policy, tokenizer)
+    teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
+    learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
+    toolbox = make_toolbox(recipe)
+    told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
     return RlTrainer(
         RlParts(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            models=_models(recipe, policy, hybrid, learner, base, device),
+            draw=_draw(recipe, policy, hybrid, tokenizer, toolbox),
+            models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
-            prompts=PromptStream(recipe.prompts, tokenizer, task),
-            eval_prompts=_eval_prompts(recipe, tokenizer, task),
-            rewards=_rewards(recipe, rewards, task, tokenizer),
+            prompts=PromptStream(recipe.prompts, tokenizer, task, tools=told),
+            eval_prompts=_eval_prompts(recipe, tokenizer, task, told),
+            rewards=make_rewards(recipe, rewards, task, tokenizer),
             kl=_controller(recipe),
             hooks=(*_builtin_hooks(recipe), *hooks),
             files=tokenizer_files(tokenizer),
@@ -108,7 +121,7 @@ def build(
 
 
 def _source(recipe: RlRecipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from. ConfigError for a used folder or a changed recipe."""
+    """The checkpoint to go on from. ConfigError for a used folder."""
     folder = recipe.run.output / "checkpoints"
     checkpoint.remove_leftovers(folder)
     newest = checkpoint.newest(folder)
@@ -120,7 +133,12 @@ def _source(recipe: RlRecipe, resume: bool) -> Path | None:
                 param="run.output",
             )
         return None
-    saved = RlRecipe.model_validate(checkpoint.read_meta(newest)["recipe"])
+    return newest
+
+
+def _check_recipe(recipe: RlRecipe, folder: Path) -> None:
+    """ConfigError naming the keys that may not differ from the checkpoint's."""
+    saved = RlRecipe.model_validate(checkpoint.read_meta(folder)["recipe"])
     bad = {
         key: values
         for key, values in changed(saved, recipe).items()
@@ -129,10 +147,9 @@ def _source(recipe: RlRecipe, resume: bool) -> Path | None:
     if bad:
         named = ", ".join(f"{key} ({old!r}, now {new!r})" for key, (old, new) in bad.items())
         raise ConfigError(
-            f"the recipe differs from that of {newest}: {named}. Only {', '.join(FREE)} may "
+            f"the recipe differs from that of {folder}: {named}. Only {', '.join(FREE)} may "
             "change; restore it, or start a new run with model.path = that checkpoint"
         )
-    return newest
 
 
 def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:
@@ -152,40 +169,23 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
     return found
 
 
-def _engine_config(recipe: RlRecipe) -> EngineConfig:
-    """An engine that holds a step's rollouts at once, where that is not said otherwise."""
-    rollout = recipe.rollout
-    size = recipe.prompts.max_tokens + rollout.max_tokens
-    sequences = rollout.prompts_per_step * rollout.group_size
-    tokens = rollout.kv_tokens or size * sequences
-    blocks = -(-max(tokens, size) // _BLOCK) + sequences + _SPARE_BLOCKS
-    limit = min(sequences, _MAX_SEQS)
-    values = {
-        "device": recipe.model.device,
-        "dtype": recipe.model.dtype,
-        "threads": recipe.run.threads,
-        "block_size": _BLOCK,
-        "num_kv_blocks": blocks,
-        "max_num_seqs": limit,
-        "token_budget": max(rollout.token_budget, 2 * limit),
-        "seed": recipe.run.seed,
-    }
-    return EngineConfig.model_validate(values)
-
-
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
         path = recipe.critic.path or recipe.model.path
         model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
-    return Learner(
+    kind: Callable[..., Learner] = Learner
+    if teacher is not None and recipe.distill.loss == "full":
+        kind = partial(DistillLearner, teacher, recipe.distill)
+    return kind(
         _trained(policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
@@ -206,12 +206,12 @@ def _distribution(recipe: RlRecipe) -> Distribution:
     return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
 
 
-def _is_exact(recipe: RlRecipe, hybrid: HybridEngine) -> bool:
-    """Whether a rollout's log-probs are the trainer's bits: its own weights, on the CPU."""
-    return hybrid.is_exact and recipe.model.device == "cpu"
+def _is_exact(recipe: RlRecipe, hybrid: RolloutEngine) -> bool:
+    """Whether a rollout's log-probs are the trainer's bits: its present weights, on the CPU."""
+    return hybrid.is_exact and recipe.model.device == "cpu" and not recipe.rollout.staleness
 
 
-def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
+def _correction(recipe: RlRecipe, hybrid: RolloutEngine) -> str:
     asked = recipe.algorithm.correction
     if asked != "auto":
         return asked
@@ -221,10 +221,11 @@ def _correction(recipe: RlRecipe, hybrid: HybridEngine) -> str:
 def _models(
     recipe: RlRecipe,
     policy: Decoder,
-    hybrid: HybridEngine,
+    hybrid: RolloutEngine,
     learner: Learner,
     base: Path,
     device: torch.device,
+    teacher: Decoder | None,
 ) -> Models:
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
@@ -233,12 +234,28 @@ def _models(
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)
+    elif teacher is not None and recipe.distill.loss == "sampled":
+        reference = partial(scored, teacher)
     critic = learner.critic
     return Models(
         policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
         reference=reference,
         critic=None if critic is None else partial(_values, critic.model, recipe, device),
     )
+
+
+def _draw(
+    recipe: RlRecipe,
+    policy: Decoder,
+    hybrid: RolloutEngine,
+    tokenizer: Tokenizer,
+    toolbox: Toolbox | None,
+) -> Draw:
+    draw, share = make_draw(recipe, hybrid, tokenizer, toolbox), recipe.distill.lmbda
+    if share == 1:
+        return draw
+    scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
+    return GivenDraw(draw, share, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -260,51 +277,12 @@ def _values(
     return torch.cat(found) if found else torch.zeros(0)
 
 
-def _eval_prompts(recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None) -> PromptStream | None:
-    return PromptStream(recipe.prompts, tokenizer, task, "eval") if recipe.eval.every else None
-
-
-class _Named:
-    """A task's method as a reward."""
-
-    def __init__(self, name: str, method: Callable[[Sequence[Sample]], list[float] | None]) -> None:
-        self.name = name
-        self._method = method
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """The method's numbers."""
-        return self._method(samples) or [0.0] * len(samples)
-
-
-def _rewards(
-    recipe: RlRecipe, own: Sequence[Reward], task: Task | None, tokenizer: Tokenizer
-) -> RewardSum:
-    """The recipe's rewards, or the caller's; a task's gold metric is logged beside them."""
-    if own:
-        pairs: list[tuple[Reward, RewardSection]] = [
-            (r, RewardSection(kind="function")) for r in own
-        ]
-    else:
-        pairs = [(_reward(section, task, recipe, tokenizer), section) for section in recipe.rewards]
-    if task is not None and task.gold(()) is not None:
-        pairs.append((_Named("gold", task.gold), RewardSection(weight=0.0)))
-    return RewardSum(pairs)
-
-
-def _reward(
-    section: RewardSection, task: Task | None, recipe: RlRecipe, tokenizer: Tokenizer
-) -> Reward:
-    match section.kind:
-        case "task":
-            assert task is not None, "checked by the recipe"
-            return _Named(task.name, task.reward)
-        case "function":
-            return FunctionReward(section.path, section.timeout_s)
-        case "http":
-            return HttpReward(section.path, section.timeout_s, section.retries)
-        case "model":
-            check_tokenizer(resolve_model(section.path), tokenizer, "rewards.path")
-            return ModelReward(section.path, recipe.model, recipe.algorithm.micro_tokens)
+def _eval_prompts(
+    recipe: RlRecipe, tokenizer: Tokenizer, task: Task | None, told: Schemas
+) -> PromptStream | None:
+    if not recipe.eval.every:
+        return None
+    return PromptStream(recipe.prompts, tokenizer, task, "eval", told)
 
 
 def _controller(recipe: RlRecipe) -> KLController:

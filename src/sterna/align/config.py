@@ -6,10 +6,11 @@ Field descriptions are the help text and the docs table.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sterna.data.config import SourceConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -18,19 +19,21 @@ from sterna.train.config import (
     Section,
 )
 
-Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce", "distill"]
 
 
 class PromptSection(Section):
-    """Where prompts come from."""
+    """Where prompts come from: one of path, sources and task."""
 
     path: str = Field(
         default="", description="JSONL of rows with `prompt` (text, messages or token ids); "
         "other columns go to the rewards",
     )  # fmt: skip
-    task: str = Field(
-        default="", description="a built-in task that makes prompts and rewards them; excludes path"
-    )
+    sources: tuple[SourceConfig, ...] = Field(
+        default=(), description="files of any kind and format, as [[data.sources]]: of prompts, or "
+        "of rows with answers, of which the prompt is taken; endless, whatever their epochs",
+    )  # fmt: skip
+    task: str = Field(default="", description="a built-in task that makes prompts and rewards them")
     options: dict[str, int | float | str] = Field(
         default_factory=dict, description="of the task, such as {max_number = 99}"
     )
@@ -38,13 +41,33 @@ class PromptSection(Section):
     render: Literal["auto", "chat", "plain"] = Field(
         default="auto", description="text prompts through the chat template, where there is one"
     )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template"
+    )
     max_tokens: int = Field(default=512, gt=0, description="longer prompts are dropped, counted")
     seed: int = Field(default=0, ge=0, description="of the order and of a task's prompts")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=1, description="sources: share of the prompts kept for [eval]"
+    )
+    split: tuple[float, ...] = Field(
+        default=(), description="sources: shares of the parts that prompts are divided into, as "
+        "data.split; with the same seed and sources no prompt is in two",
+    )  # fmt: skip
+    split_part: int = Field(default=0, ge=0, description="which part is read, from 0")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="sources: malformed rows stop the run, or are counted"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> PromptSection:
-        if bool(self.path) == bool(self.task):
-            raise ValueError("give either prompts.path or prompts.task")
+        if bool(self.path) + bool(self.task) + bool(self.sources) != 1:
+            raise ValueError("give one of prompts.path, prompts.sources and prompts.task")
+        if not self.sources and (self.split or self.split_part):
+            raise ValueError("prompts.split parts prompts.sources, and there are none")
+        if self.split_part and self.split_part >= len(self.split):
+            raise ValueError(
+                f"split_part = {self.split_part}, but split has {len(self.split)} parts (from 0)"
+            )
         return self
 
 
@@ -64,26 +87,55 @@ class RolloutSection(Section):
         "after each step, its mismatch corrected",
     )
     speculation: bool = Field(
-        default=False, description="guess tokens ahead (siblings share a suffix tree); same tokens"
+        default=False,
+        description="guess tokens ahead from siblings and earlier epochs: same tokens; only "
+        "as many as measured steps say will pay",
     )
+    staleness: int = Field(
+        default=0, ge=0, le=1, description="1 = a step's completions are drawn by the weights "
+        "before the last update, beside its training with `workers`; corrected by importance",
+    )  # fmt: skip
+    workers: int = Field(
+        default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
+        "make the completions; 0 = the trainer's own; the same tokens",
+    )  # fmt: skip
     token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
     )
+    tools: tuple[str, ...] = Field(
+        default=(), description="Python functions that the policy may call, file.py:name each"
+    )
+    max_turns: int = Field(
+        default=4, gt=0, description="turns of a completion with tools; max_tokens counts them "
+        "all, the tools' answers included",
+    )  # fmt: skip
+    tool_protocol: Literal["auto", "chat", "plain"] = Field(
+        default="auto", description="chat = the template's own calls; plain = <call>name text"
+        "</call>; auto = chat where prompts go through a chat template",
+    )  # fmt: skip
+    tool_timeout_s: float = Field(default=10.0, gt=0, description="of one call")
+    tool_tokens: int = Field(default=128, gt=0, description="longest answer of one call")
 
 
 class AlgorithmSection(Section):
     """From rewards to gradients."""
 
     kind: Algorithm = Field(
-        default="grpo", description="ppo (critic, GAE), grpo, rloo, or reinforce (batch baseline)"
-    )
+        default="grpo", description="ppo (critic, GAE), grpo, rloo, reinforce (batch baseline), or "
+        "distill (a teacher instead of rewards; see [distill])",
+    )  # fmt: skip
     kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["auto", "reward", "loss"] = Field(
         default="auto", description="auto = reward for ppo, rloo and reinforce, loss for grpo"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3", description="in the loss; in the reward it is k1"
+    )
+    kl_unbiased: bool = Field(
+        default=True,
+        description="k1 and k3 in the loss times the ratio: their mean gradient is then the KL's, "
+        "as k2's is; false = DeepSeekMath's, k3's is then that of KL(reference || policy)",
     )
     kl_target: float | None = Field(
         default=None, gt=0, description="nats a completion; adapts kl_coef (arXiv 1909.08593)"
@@ -129,6 +181,25 @@ class AlgorithmSection(Section):
     correction_low: float = Field(default=0.0, ge=0, description="bottom of the masks")
 
 
+class DistillSection(Section):
+    """Whom a student learns from, on what it writes itself."""
+
+    teacher: str = Field(default="", description="model with the student's tokenizer")
+    loss: Literal["full", "sampled"] = Field(
+        default="full", description="divergence over the vocabulary, or log p - log q of each "
+        "sampled token as its advantage (other vocabulary sizes)",
+    )  # fmt: skip
+    beta: float = Field(
+        default=1.0, ge=0, le=1, description="full: 1 = KL(student || teacher), 0 = KL(teacher || "
+        "student), between them GKD's divergence (arXiv 2306.13649)",
+    )  # fmt: skip
+    lmbda: float = Field(
+        default=1.0, ge=0, le=1, description="full: share of prompts that the student answers "
+        "itself; the others teach the rows' `completion`",
+    )  # fmt: skip
+    temperature: float = Field(default=1.0, gt=0, description="full: of both distributions")
+
+
 class CriticSection(Section):
     """PPO's value function."""
 
@@ -167,6 +238,10 @@ class RlRunSection(Section):
     steps: int = Field(default=100, gt=0, description="rollout steps")
     seed: int = Field(default=0, ge=0, description="of rollouts, order and minibatches")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 = all usable CPUs")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="longest call on another process; the run then ends and "
+        "names it",
+    )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
@@ -190,6 +265,7 @@ class RlRecipe(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     critic: CriticSection = CriticSection()
+    distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
@@ -206,7 +282,35 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.algorithm.dynamic_sampling and self.rollout.staleness:
+            raise ValueError(
+                "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
+                "from those before; leave one of them out"
+            )
+        if kind == "distill":
+            _check_distill(self)
+            return self
+        if self.distill.teacher:
+            raise ValueError('distill.teacher is read by algorithm.kind = "distill" only')
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
         return self
+
+
+def _check_distill(recipe: RlRecipe) -> None:
+    """ValueError for settings of rewards' learning that distillation does not read."""
+    if not recipe.distill.teacher:
+        raise ValueError('algorithm.kind = "distill" needs distill.teacher')
+    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+        raise ValueError("distill has no reference beside its teacher; leave algorithm.kl_* out")
+    if recipe.distill.lmbda < 1 and recipe.rollout.staleness:
+        raise ValueError(
+            "distill.lmbda < 1 asks the student in training; set rollout.staleness = 0"
+        )
+    is_cut = recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0
+    if recipe.distill.loss == "sampled" and (is_cut or recipe.distill.lmbda < 1):
+        raise ValueError(
+            'distill.loss = "sampled" reads tokens drawn from all of the student\'s distribution; '
+            "set rollout.top_p = 1, rollout.top_k = 0 and distill.lmbda = 1"
+        )

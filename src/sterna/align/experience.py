@@ -134,6 +134,9 @@ def _advantages(
         rewards = token_rewards(layout, scores, kl, kl_coef)
         advantages, returns = gae(layout, rewards, values, settings.gamma, settings.lam)
         return returns, whiten(advantages, layout.mask) if settings.whiten else advantages
+    if settings.kind == "distill":  # kl: to the teacher, where only sampled tokens are compared
+        baseline = -kl[layout.mask].mean() if layout.mask.any() else 0.0
+        return None, torch.where(layout.mask, -kl - baseline, 0.0)
     totals = scores - kl_coef * layout.sums(kl)
     if settings.kind == "rloo":
         each = leave_one_out(totals, groups)

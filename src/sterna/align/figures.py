@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sterna.align.experience import Experience, share_without_spread
 from sterna.align.rollout import Rollout
+from sterna.align.siblings import DraftCount
 
 
 def step_figures(
@@ -48,16 +49,41 @@ def reward_figures(experience: Experience) -> dict[str, float]:
 
 
 def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths, and the share that did not end by itself."""
-    lengths = torch.tensor([float(len(rollout.completion)) for rollout in drawn])
-    truncated = torch.tensor([float(rollout.is_truncated) for rollout in drawn])
+    """Lengths (tools' answers not counted), and the share that did not end by itself."""
+    lengths = torch.tensor([float(rollout.mask.sum()) for rollout in drawn])
+    truncated = torch.tensor([rollout.is_truncated for rollout in drawn], dtype=torch.bool)
     return {
-        "completions/mean_length": _mean(lengths),
-        "completions/min_length": float(lengths.min()) if len(lengths) else 0.0,
-        "completions/max_length": float(lengths.max()) if len(lengths) else 0.0,
+        **_spread(lengths, "length"),
+        **_spread(lengths[~truncated], "terminated_length"),
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
+        **tool_figures(drawn),
     }
+
+
+def draft_figures(count: DraftCount) -> dict[str, float]:
+    """Tokens guessed ahead, and those that were drawn."""
+    return {
+        "speculation/drafted": float(count.num_drafted),
+        "speculation/accepted": float(count.num_accepted),
+    }
+
+
+def _spread(lengths: Tensor, what: str) -> dict[str, float]:
+    return {
+        f"completions/mean_{what}": _mean(lengths),
+        f"completions/min_{what}": float(lengths.min()) if len(lengths) else 0.0,
+        f"completions/max_{what}": float(lengths.max()) if len(lengths) else 0.0,
+    }
+
+
+def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
+    """Calls a completion, and the share of calls that gave an error; nothing without tools."""
+    calls = sum(rollout.tool_calls for rollout in drawn)
+    errors = sum(rollout.tool_errors for rollout in drawn)
+    if not calls:
+        return {}
+    return {"tools/call_frequency": calls / len(drawn), "tools/failure_frequency": errors / calls}
 
 
 def mismatch_figures(experience: Experience) -> dict[str, float]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from sterna.align.rollout import Rollout
+from sterna.align.siblings import DraftCount, SiblingDrafter
 from sterna.core.errors import SternaError, TrainError
 from sterna.engine.config import EngineConfig
 from sterna.engine.engine import Engine
@@ -32,6 +33,7 @@ from sterna.engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from sterna.engine.stepcost import measure_cost
 from sterna.model.decoder import Decoder
 from sterna.quant.formats import parse_format
 from sterna.quant.linear import QuantModule, quant_modules, replace_weight, weight_shapes
@@ -72,15 +74,23 @@ class HybridEngine:
         tokenizer: Tokenizer,
         config: EngineConfig,
         weights: str = POLICY,
+        speculation: bool = False,
     ) -> None:
-        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's."""
+        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's.
+
+        `speculation`: guess tokens ahead (siblings.py); tokens and log-probs stay the same.
+        """
         self.version = 0
         self._policy = policy
         self._format = None if weights == POLICY else parse_format(weights)
         self._served = policy if self._format is None else _shared_copy(policy)
         if self._format is not None:
             self._requantise()
-        self._engine = Engine(self._served, tokenizer, config)
+        drafters = [SiblingDrafter()] if speculation else []
+        self._engine = Engine(self._served, tokenizer, config, drafters=drafters)
+        self.drafts = DraftCount()
+        self._engine.on_step.append(self.drafts.note)
+        self._measure_steps()
         self._ids = itertools.count()
         self._is_asleep = False
 
@@ -88,6 +98,12 @@ class HybridEngine:
     def engine(self) -> Engine:
         """The engine below, for its statistics and hooks."""
         return self._engine
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence: prompt and completion."""
+        limits = self._engine.limits
+        return min(limits.max_model_len, limits.max_pool_tokens)
 
     @property
     def is_exact(self) -> bool:
@@ -109,6 +125,9 @@ class HybridEngine:
             self._requantise()
         self.version += 1
 
+    def prepare(self) -> None:
+        """Engines of other processes take the weights here; this one reads them where they are."""
+
     def sleep(self) -> None:
         """Give the KV cache's memory back; the next rollout takes it again by itself."""
         if self._engine.has_work:
@@ -123,14 +142,19 @@ class HybridEngine:
         group_size: int,
         sampling: Sampling,
         seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """`group_size` completions of each prompt, ordered by prompt, then sample.
 
         `seeds`: one a prompt; the same prompt, seed and weights give the same tokens whatever runs
-        beside them. Raises RequestError for a prompt that does not fit, StepError when a forward
-        failed.
+        beside them. `limits`: max_tokens of each prompt, where they differ. Raises RequestError
+        for a prompt that does not fit, StepError when a forward failed.
         """
-        params = [_params(sampling, group_size, seed) for seed in seeds]
+        room = limits or [sampling.max_tokens] * len(seeds)
+        params = [
+            _params(replace(sampling, max_tokens=most), group_size, seed)
+            for most, seed in zip(room, seeds, strict=True)
+        ]
         requests = [
             EngineRequest(
                 request_id=f"rollout-{next(self._ids)}",
@@ -152,6 +176,15 @@ class HybridEngine:
     def close(self) -> None:
         """Free what the engine holds."""
         self._engine.close()
+
+    def _measure_steps(self) -> None:
+        """Time steps by their rows, which decides how much is guessed: a second at most."""
+        engine = self._engine
+        if engine.speculator is not None:
+            limit = engine.limits.max_pool_tokens
+            rows = min(engine.config.max_draft_rows, limit)
+            longest = min(engine.limits.max_model_len, limit)
+            engine.speculator.cost = measure_cost(engine.runner.run_verify_probe, rows, longest)
 
     def _run(self, requests: Sequence[EngineRequest]) -> Mapping[tuple[str, int], _Growing]:
         found: dict[tuple[str, int], _Growing] = {}

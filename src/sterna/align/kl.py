@@ -6,6 +6,10 @@ With d = log pi - log ref of a sampled token (Schulman, "Approximating KL diverg
     k2 = d^2 / 2               biased, always >= 0
     k3 = exp(-d) - 1 + d       unbiased, always >= 0
 
+Unbiased as numbers is not unbiased as losses. The mean gradient over samples of pi is 0 for k1,
+that of KL(pi || ref) for k2, and that of KL(ref || pi) for k3. Multiplied by the ratio pi / pi_old,
+k1 and k3 have the gradient of KL(pi || ref) too (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+
 d is held within +-20 in k3, where exp would overflow long before the estimate means anything.
 """
 

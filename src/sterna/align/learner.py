@@ -143,7 +143,7 @@ class Learner:
         layout = _chosen_layout(experience.layout, chosen)
         return token_weights(layout, self._settings.aggregate, max_tokens)
 
-    def _policy_step(self, parts: Sequence[_Part], kl_coef: float, lr: float) -> dict[str, float]:
+    def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         self.policy.gradients.begin(len(parts))
         for part in parts:
@@ -152,7 +152,7 @@ class Learner:
         logs["grad_norm"] = self.policy.update(lr, "policy")
         return dict(logs)
 
-    def _policy_micro(self, part: _Part, kl_coef: float, logs: dict[str, float]) -> None:
+    def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
         model: TrainModel = self.policy.model
         logprobs, entropy = completion_logprobs(
             model, part.rollouts, self._distribution, device=self._device
@@ -170,9 +170,7 @@ class Learner:
         )
         loss = found.loss
         if part.ref is not None:
-            kind = self._settings.kl_estimator
-            safe = torch.where(part.layout.mask, logprobs - part.ref, 0.0)
-            kl = (part.weights * kl_estimate(safe, torch.zeros_like(safe), kind)).sum()
+            kl = _kl(part, part.ref, logprobs, self._settings)
             logs["kl_loss"] += float(kl.detach())
             if kl_place(self._settings) == "loss" and kl_coef:
                 loss = loss + kl_coef * kl
@@ -189,7 +187,7 @@ class Learner:
         logs["ratio/min"] = min(logs.get("ratio/min", math.inf), float(found.ratio_min))
         logs["approx_kl"] += float(found.approx_kl)
 
-    def _critic_step(self, critic: Trained, parts: Sequence[_Part], lr: float) -> dict[str, float]:
+    def _critic_step(self, critic: Trained, parts: Sequence[Part], lr: float) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
         critic.gradients.begin(len(parts))
         for part in parts:
@@ -208,7 +206,7 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """The completions of one micro-batch; fields [n] of the experience."""
 
     rollouts: tuple[Rollout, ...]
@@ -220,6 +218,16 @@ class _Part:
     ref: Tensor | None
     values: Tensor | None
     returns: Tensor | None
+
+
+def _kl(part: Part, ref: Tensor, logprobs: Tensor, settings: AlgorithmSection) -> Tensor:
+    """The weighted KL to the reference: a scalar with a graph."""
+    mask = part.layout.mask
+    d = torch.where(mask, logprobs - ref, 0.0)
+    kl = kl_estimate(d, torch.zeros_like(d), settings.kl_estimator)
+    if settings.kl_unbiased and settings.kl_estimator != "k2":
+        kl = kl * torch.where(mask, logprobs - part.old, 0.0).exp()
+    return (part.weights * kl).sum()
 
 
 def _rows(layout: Layout, chosen: Sequence[int]) -> Tensor:
@@ -236,7 +244,7 @@ def _chosen_layout(layout: Layout, chosen: Sequence[int]) -> Layout:
 
 def _cut(
     experience: Experience, chosen: Sequence[int], weights: Tensor, micro_tokens: int
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """The minibatch in micro-batches of at most `micro_tokens` tokens, prompts included."""
     at, micro, room = 0, list[int](), 0
     cuts: list[tuple[list[int], int]] = []
@@ -253,10 +261,10 @@ def _cut(
         yield _part(experience, members, weights, begin)
 
 
-def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> _Part:
+def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> Part:
     rows = _rows(experience.layout, members)
     take: Callable[[Tensor | None], Any] = lambda x: None if x is None else x[rows]  # noqa: E731
-    return _Part(
+    return Part(
         rollouts=tuple(experience.rollouts[i] for i in members),
         layout=_chosen_layout(experience.layout, members),
         weights=weights[begin : begin + len(rows)],

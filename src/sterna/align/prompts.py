@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sterna.align.config import PromptSection
+from sterna.align.promptrows import PromptFile, PromptSources
 from sterna.align.tasks.base import Part, PromptRow, Task
 from sterna.core.errors import DataError, RowError
-from sterna.data.lines import JsonLines
-from sterna.data.order import Permutation, mix
+from sterna.core.log import get_logger
 from sterna.text.chat import ChatRenderer
 from sterna.text.tokenizer import Tokenizer
 
-# Every tenth row of a file is kept for evaluation.
-_HELD_OUT = 10
-# Prompts in a row that may be too long before the run is told.
+_log = get_logger(__name__)
+# Prompts in a row that may be too long or malformed before the run is told.
 _MAX_SKIPPED = 1000
+_NAMED = 20  # malformed rows that are named
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +34,14 @@ class Prompt:
     row: Mapping[str, Any]
 
 
+def renders_chat(settings: PromptSection, tokenizer: Tokenizer) -> bool:
+    """Whether text prompts go through the chat template."""
+    has_template = tokenizer.chat_template is not None
+    return settings.render == "chat" or (settings.render == "auto" and has_template)
+
+
 class PromptStream:
-    """Endless prompts of a file or a task. `position` is all its state."""
+    """Endless prompts of files or a task. `position` is all its state."""
 
     def __init__(
         self,
@@ -43,51 +49,52 @@ class PromptStream:
         tokenizer: Tokenizer,
         task: Task | None,
         part: Part = "train",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """DataError for a file without rows."""
+        """`tools` are told of in rendered prompts. DataError for files without rows."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer)
-        self._task = task
-        self._part = part
-        self._table = None if task is not None else JsonLines(Path(settings.path))
+        self._tools = tools
+        self._row = _rows(settings, tokenizer, task, part)
         self.position = 0
         self.num_too_long = 0
-        if self._table is not None:
-            self._rows = [
-                i
-                for i in range(self._table.num_rows)
-                if (i % _HELD_OUT == _HELD_OUT - 1) == (part == "eval")
-            ]
-            if not self._rows:
-                raise DataError(
-                    f"{settings.path}: no row for the part {part!r}; it has "
-                    f"{self._table.num_rows} rows, of which every {_HELD_OUT}th is for evaluation"
-                )
+        self.num_bad = 0
 
     def take(self, count: int) -> list[Prompt]:
-        """The next prompts. DataError when a thousand in a row are too long; RowError names a row
-        without a prompt."""
+        """The next prompts. DataError when a thousand in a row are too long or malformed; RowError
+        names a row without a prompt."""
         found: list[Prompt] = []
         skipped = 0
         while len(found) < count:
             prompt = self._prompt(self.position)
             self.position += 1
-            if len(prompt.tokens) <= self._settings.max_tokens:
+            if prompt is not None and len(prompt.tokens) <= self._settings.max_tokens:
                 found.append(prompt)
                 skipped = 0
                 continue
             skipped += 1
-            self.num_too_long += 1
+            self.num_too_long += prompt is not None
             if skipped >= _MAX_SKIPPED:
                 raise DataError(
-                    f"{skipped} prompts in a row have more than prompts.max_tokens = "
-                    f"{self._settings.max_tokens} tokens; raise it"
+                    f"{skipped} prompts in a row are malformed or have more than prompts.max_tokens"
+                    f" = {self._settings.max_tokens} tokens; mend them or raise it"
                 )
         return found
 
-    def _prompt(self, index: int) -> Prompt:
-        row = self._row(index)
+    def _prompt(self, index: int) -> Prompt | None:
+        """None for a malformed row that is skipped."""
+        try:
+            return self._made(index, self._row(index))
+        except RowError as error:
+            if self._settings.on_bad_row == "fail":
+                raise
+            self.num_bad += 1
+            if self.num_bad <= _NAMED:
+                _log.warning("skipped: %s", error.message)
+            return None
+
+    def _made(self, index: int, row: PromptRow) -> Prompt:
         text, special = self._text(row)
         if isinstance(row.prompt, list) and row.prompt and isinstance(row.prompt[0], int):
             tokens = [int(token) for token in row.prompt]
@@ -98,32 +105,30 @@ class PromptStream:
             raise RowError(f"prompt {index} is empty")
         return Prompt(index, text, np.array(tokens, np.int32), row.row)
 
-    def _row(self, index: int) -> PromptRow:
-        if self._task is not None:
-            return self._task.prompt(index, self._settings.seed, self._part)
-        assert self._table is not None
-        epoch, i = divmod(index, len(self._rows))
-        number = self._rows[Permutation(len(self._rows), mix(self._settings.seed, epoch))(i)]
-        raw = self._table.fetch(number)
-        where = self._table.where(number, raw)
-        row = self._table.decode(raw)
-        if not isinstance(row, dict) or not row.get("prompt"):
-            raise RowError(f"{where}: has no `prompt`; give text, messages or token ids")
-        return PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"})
-
     def _text(self, row: PromptRow) -> tuple[str, bool]:
         """(text, whether the tokenizer adds its special tokens)."""
         settings, prompt = self._settings, row.prompt
         if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
             return "", False
-        is_chat = settings.render == "chat" or (
-            settings.render == "auto" and self._tokenizer.chat_template is not None
-        )
-        if isinstance(prompt, str) and not is_chat:
+        if isinstance(prompt, str) and (
+            row.is_plain or not renders_chat(settings, self._tokenizer)
+        ):
             return prompt, True
         messages: list[Any] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         )
         if settings.system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": settings.system}, *messages]
-        return self._renderer.render(messages, None), False
+        tools = self._tools or row.tools
+        return self._renderer.render(messages, tools, **settings.template_kwargs), False
+
+
+def _rows(
+    settings: PromptSection, tokenizer: Tokenizer, task: Task | None, part: Part
+) -> Callable[[int], PromptRow]:
+    """Prompts by number."""
+    if task is not None:
+        return partial(task.prompt, seed=settings.seed, part=part)
+    if settings.sources:
+        return PromptSources(settings, part, tokenizer.chat_template is not None)
+    return PromptFile(settings, part)

@@ -13,6 +13,9 @@ from pathlib import Path
 from sterna.align.build import build
 from sterna.align.config import RlRecipe
 from sterna.align.dump import read_dump
+from sterna.align.rlstate import restore
+from sterna.core.errors import TrainError
+from sterna.train import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,28 @@ class Replay:
 
 
 def replay(recipe: RlRecipe, dump: Path) -> Replay:
-    """Replay `dump` on the newest checkpoint of `recipe.run.output`, the weights before its step.
+    """Replay `dump` on the checkpoint of `recipe.run.output` that was saved before its step.
 
-    Nothing is written. Errors as `align_rl`; TrainError for a file that is no dump.
+    Nothing is written. Errors as `align_rl`; TrainError for a file that is no dump, or without that
+    checkpoint.
     """
     experience, figures = read_dump(dump)
-    with build(recipe, resume=True) as trainer:
-        trainer.start()
+    before = _before(dump, recipe.run.output / "checkpoints")
+    with build(recipe, at=before) as trainer:
+        restore(before, trainer)
         return Replay(figures, trainer.relearn(experience))
+
+
+def _before(dump: Path, folder: Path) -> Path:
+    try:
+        step = checkpoint.step_of(dump.with_suffix(""))
+    except ValueError as error:
+        raise TrainError(f"{dump}: its name says no step; a dump is step-NUMBER") from error
+    found = checkpoint.folder_of(folder, step - 1)
+    if fault := checkpoint.faults(found):
+        kept = ", ".join(path.name for path in checkpoint.checkpoints(folder)) or "none"
+        raise TrainError(
+            f"step {step} is replayed on the checkpoint before it, {found} ({fault}; complete: "
+            f"{kept}); replay a step after one of those, or run with checkpoint.every = 1"
+        )
+    return found

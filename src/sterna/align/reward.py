@@ -31,6 +31,12 @@ class Sample:
     completion: str  # without the end token
     row: Mapping[str, Any]
     rollout: Rollout
+    turns: tuple[str, ...] = ()  # what the policy wrote of it, without the tools' answers
+
+    @property
+    def answer(self) -> str:
+        """The last turn: all of the completion where there are no tools."""
+        return self.turns[-1] if self.turns else self.completion
 
 
 class Reward(Protocol):

@@ -31,6 +31,7 @@ class RlCounters:
 def snapshot(trainer: RlTrainer) -> Snapshot:
     """A copy of everything that later steps do not touch."""
     parts, learner = trainer.parts, trainer.parts.learner
+    ahead = trainer.ahead.state()
     model = learner.policy.model
     names = model.config.family.hf_names
     tensors = {
@@ -42,7 +43,12 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
     meta = {
         "sterna": __version__,
         "counters": asdict(trainer.counters),
-        "prompts": {"position": parts.prompts.position, "too_long": parts.prompts.num_too_long},
+        "prompts": {
+            "position": parts.prompts.position,
+            "too_long": parts.prompts.num_too_long,
+            "bad": parts.prompts.num_bad,
+        },
+        "ahead": ahead,
         "kl_coef": parts.kl.coef,
         "policy_version": parts.hybrid.version,
         "updates": [
@@ -62,8 +68,14 @@ def restore(folder: Path, trainer: RlTrainer) -> None:
     meta: dict[str, Any] = checkpoint.read_meta(folder)
     for name, value in meta["counters"].items():
         setattr(trainer.counters, name, value)
+    ahead = meta.get("ahead")
+    if ahead is not None:
+        parts.prompts.position = ahead["position"]
+        prompts = parts.prompts.take(parts.recipe.rollout.prompts_per_step)
+        trainer.ahead.restore(ahead, prompts)
     parts.prompts.position = meta["prompts"]["position"]
     parts.prompts.num_too_long = meta["prompts"]["too_long"]
+    parts.prompts.num_bad = meta["prompts"]["bad"]
     parts.kl.coef = meta["kl_coef"]
     parts.hybrid.version = meta["policy_version"]
     learner.policy.num_updates = meta["updates"][0]

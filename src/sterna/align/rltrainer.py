@@ -12,10 +12,13 @@ from types import TracebackType
 
 import torch
 
+from sterna.align.ahead import Ahead
 from sterna.align.config import RlRecipe
+from sterna.align.draw import Draw
+from sterna.align.engines import RolloutEngine
 from sterna.align.experience import Experience, Models, make_experience, share_without_spread
-from sterna.align.figures import step_figures
-from sterna.align.hybrid import HybridEngine, Sampling
+from sterna.align.figures import draft_figures, step_figures
+from sterna.align.hybrid import Sampling
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner
 from sterna.align.prompts import Prompt, PromptStream
@@ -44,7 +47,8 @@ class RlParts:
 
     recipe: RlRecipe
     tokenizer: Tokenizer
-    hybrid: HybridEngine
+    hybrid: RolloutEngine
+    draw: Draw
     models: Models
     learner: Learner
     ema: Ema | None
@@ -63,6 +67,7 @@ class _Step:
 
     drawn: list[Rollout] = field(default_factory=list)
     learnt: dict[str, float] = field(default_factory=dict)
+    noted: dict[str, float] = field(default_factory=dict)  # of its rollouts
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -78,6 +83,7 @@ class RlTrainer:
         self.last_eval: dict[str, float] = {}
         self._step = _Step()
         self._saved_step = -1
+        self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
@@ -102,15 +108,35 @@ class RlTrainer:
         """The prompts of the step."""
         self._step = _Step()
         with self._timed("prompts"):
-            return self.parts.prompts.take(self.recipe.rollout.prompts_per_step)
+            return self.ahead.prompts or self._take_prompts()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The completions, by prompt and sample; then the KV cache's memory is free to train in."""
         with self._timed("generate"):
-            rollouts = self._draw(prompts, attempt=0)
+            is_queued = self.ahead.prompts is not None
+            rollouts = self.ahead.take() if is_queued else self._draw_now(prompts)
+            self._begin_next_step()
             self.parts.hybrid.sleep()
+            if self.recipe.rollout.speculation:
+                self._step.noted |= draft_figures(self.parts.hybrid.drafts.take())
         self._step.drawn = rollouts
+        if self.recipe.rollout.staleness:
+            now = self.parts.hybrid.version
+            ages = [now - rollout.policy_version for rollout in rollouts]
+            self._step.noted["sampling/staleness"] = sum(ages) / len(ages)
         return rollouts
+
+    def _begin_next_step(self) -> None:
+        """With staleness: have the next step's completions drawn by the weights as they are."""
+        step = self.counters.step + 1
+        if self.recipe.rollout.staleness and step < self.recipe.run.steps:
+            position = self.parts.prompts.position
+            prompts = self._take_prompts()
+            self.parts.hybrid.prepare()
+            self.ahead.begin(prompts, position, step)
+
+    def _take_prompts(self) -> list[Prompt]:
+        return self.parts.prompts.take(self.recipe.rollout.prompts_per_step)
 
     def reward(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Rewards:
         """What they are worth. RewardError where a reward fails and the run has to stop."""
@@ -166,7 +192,10 @@ class RlTrainer:
         self.counters.num_completions += len(experience.rollouts)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
-            experience, self._step.drawn, self._step.learnt, self._step.seconds
+            experience,
+            self._step.drawn,
+            {**self._step.noted, **self._step.learnt},
+            self._step.seconds,
         )
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
@@ -190,12 +219,13 @@ class RlTrainer:
         if stream is None:
             return {}
         settings = self.recipe.eval
+        self.ahead.wait()
         stream.position = 0
         prompts = stream.take(settings.prompts)
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
-        tokens = [prompt.tokens.tolist() for prompt in prompts]
-        rollouts = self.parts.hybrid.generate(tokens, 1, sampling, seeds)
+        self.parts.hybrid.prepare()
+        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -215,6 +245,7 @@ class RlTrainer:
                 completion=decode(rollout.completion.tolist()),
                 row=prompts[rollout.prompt_idx].row,
                 rollout=rollout,
+                turns=tuple(decode(rollout.completion[a:b].tolist()) for a, b in rollout.turns()),
             )
             for rollout in rollouts
         ]
@@ -245,12 +276,15 @@ class RlTrainer:
             checkpoint=latest,
         )
 
-    def _draw(self, prompts: Sequence[Prompt], attempt: int) -> list[Rollout]:
+    def _draw_now(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
+        self.parts.hybrid.prepare()
+        return self._draw(prompts, self.counters.step, attempt)
+
+    def _draw(self, prompts: Sequence[Prompt], step: int, attempt: int = 0) -> list[Rollout]:
         seed = self.recipe.run.seed
-        seeds = [mix(seed, self.counters.step, prompt.index, attempt) for prompt in prompts]
-        tokens = [prompt.tokens.tolist() for prompt in prompts]
+        seeds = [mix(seed, step, prompt.index, attempt) for prompt in prompts]
         sampling = self._sampling(self.recipe.rollout.temperature)
-        return self.parts.hybrid.generate(tokens, self.recipe.rollout.group_size, sampling, seeds)
+        return self.parts.draw(prompts, self.recipe.rollout.group_size, sampling, seeds)
 
     def _sampling(self, temperature: float) -> Sampling:
         rollout = self.recipe.rollout
@@ -271,7 +305,7 @@ class RlTrainer:
                 break
             flat = _flat_groups(rollouts, rewards)
             with self._timed("generate"):
-                again = self._draw([prompts[i] for i in flat], attempt)
+                again = self._draw_now([prompts[i] for i in flat], attempt)
                 self.parts.hybrid.sleep()
             moved = [replace(rollout, prompt_idx=flat[rollout.prompt_idx]) for rollout in again]
             kept = [i for i, rollout in enumerate(rollouts) if rollout.prompt_idx not in flat]
@@ -321,6 +355,8 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        self.ahead.close()
+        self.parts.draw.close()
         self.parts.hybrid.close()
 
 

@@ -29,6 +29,13 @@ class Rollout:
     logprobs: NDArray[np.float32]
     policy_version: int
     is_truncated: bool  # ended by length, not by an end token or stop string
+    tool_calls: int = 0  # that were answered
+    tool_errors: int = 0  # of these, with an error
+
+    def turns(self) -> list[tuple[int, int]]:
+        """(begin, end) in the completion of each stretch that the policy wrote."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], self.mask.astype(np.int8), [0]])))
+        return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
     @property
     def num_tokens(self) -> int:

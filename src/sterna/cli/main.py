@@ -30,6 +30,7 @@ What you can do next:
   sterna complete "Once upon"     continue a prompt; --input/--output run a file of requests
   sterna embed FILE --model M -o V.npy   a file of texts to vectors
   sterna train RECIPE.toml        fine-tune or pretrain a model
+  sterna align RECIPE.toml        teach a model what is better, by rewards
   sterna plan --seq-len 65536     whether a long row fits, and with which settings
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna quality A B --text FILE  how far a quantised model is from the original
@@ -68,6 +69,9 @@ def build_app() -> App:
     )
     app.command("sterna.cli.embed:embed", name="embed", help="Turn a file of texts into vectors.")
     app.command("sterna.cli.train:train", name="train", help="Train a model by a recipe.")
+    app.command(
+        "sterna.cli.align:align", name="align", help="Align a model by a recipe: PPO, GRPO, RLOO."
+    )
     app.command("sterna.cli.plan:plan", name="plan", help="Predict memory and time of training.")
     app.command(_convert_app())
     app.command(

@@ -120,6 +120,18 @@ class CheckpointError(TrainError):
     code = "checkpoint_error"
 
 
+class TransportError(TrainError):
+    """Weights that did not arrive as they were sent."""
+
+    code = "transport_error"
+
+
+class WorkerError(TrainError):
+    """A process of the run died, hangs or raised; the message names its rank and what it did."""
+
+    code = "worker_error"
+
+
 class RequestError(SternaError):
     """A request that cannot be served as asked; the client has to change it."""
 
@@ -151,6 +163,13 @@ class UnknownModelError(RequestError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class AdapterError(RequestError):
+    """An adapter that cannot be served or unloaded as asked: its shapes, rank, kind or name."""
+
+    exit_code = 4
+    code = "invalid_adapter"
 
 
 class AuthError(SternaError):

@@ -59,13 +59,15 @@ class Exchange:
 def as_exchange(tokens: Ints, targets: Ints) -> Exchange | None:
     """A tokenised sequence (targets shifted, as a Document's) parted before its first target.
 
-    None where nothing is trained.
+    What follows the last target (a template's line break after the end-of-turn token) goes: the
+    model never writes it, so a rollout that a reward model is asked about has none either. None
+    where nothing is trained.
     """
     trained = np.flatnonzero(targets != IGNORE)
     if not len(trained):
         return None
-    cut = int(trained[0]) + 1
-    return Exchange(tokens[:cut], tokens[cut:], targets[cut - 1 : -1])
+    cut, end = int(trained[0]) + 1, int(trained[-1]) + 2
+    return Exchange(tokens[:cut], tokens[cut:end], targets[cut - 1 : end - 1])
 
 
 def mismatched(exchanges: Sequence[Exchange], at: int) -> Exchange | None:

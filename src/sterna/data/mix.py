@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from sterna.core.errors import DataError
 from sterna.data.config import DataConfig
 from sterna.data.order import mix, uniform
 from sterna.data.source import RawRow, Source
@@ -44,6 +45,20 @@ class Mixer:
         self._weights = [weight ** (1 / data.temperature) for weight in weights]
         self._ends = [source.is_over_after for source in sources]
         self.start = Cursor(0, (0,) * len(sources))
+
+    def at(self, draws: int) -> Cursor:
+        """The place after `draws` rows, none of which is read; DataError beyond the end."""
+        cursor = self.start
+        if len(self._sources) == 1:  # the only choice there is
+            return Cursor(draws, (draws,))
+        while cursor.draws < draws:
+            chosen = self._choose(cursor)
+            if chosen is None:
+                raise DataError(
+                    f"the sources end after {cursor.draws} rows, {draws} were asked for"
+                )
+            cursor = _advanced(cursor, chosen)
+        return cursor
 
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Rows from `cursor` on in small batches."""

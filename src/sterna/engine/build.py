@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from sterna.core.errors import ConfigError, TaskError
 from sterna.core.log import get_logger
 from sterna.core.machine import fingerprint
+from sterna.engine.adapters import AdapterTable, add_slots, parse_pairs
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
 from sterna.engine.costfile import review, tuned
@@ -20,8 +21,8 @@ from sterna.engine.drafters.choose import build_drafters
 from sterna.engine.drafters.identity import model_identity
 from sterna.engine.drafters.learned import LearnedDrafter
 from sterna.engine.drafters.suffix import SuffixDrafter
-from sterna.engine.engine import Engine
-from sterna.engine.memory import engine_shape
+from sterna.engine.engine import Engine, buffer_tokens
+from sterna.engine.memory import EngineShape, engine_shape
 from sterna.engine.speculate import Speculator
 from sterna.engine.structured import GrammarCompiler
 from sterna.engine.task import resolve_task
@@ -31,6 +32,7 @@ from sterna.model.decoder import Decoder
 from sterna.model.encoder import Encoder
 from sterna.model.hub import DEFAULT_NAMES, resolve_model
 from sterna.model.load import DTypeName
+from sterna.model.peft import PeftFile, read_peft
 from sterna.quant.cache import DEFAULT_MODEL_WEIGHTS, cached_folder
 from sterna.quant.linear import describe_weights, use_int8_activations
 from sterna.quant.load import AUTO, PLAIN, load_quantized
@@ -66,7 +68,8 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     key = _curve_key(decoder, config)
     identity = model_identity(path, tokenizer) if config.draft_cache else ""
     drafters = build_drafters(config, tokenizer, decoder, identity)
-    engine = Engine(decoder, tokenizer, config, shape, grammars, drafters)
+    adapters = load_adapters(decoder, config, shape)
+    engine = Engine(decoder, tokenizer, config, shape, grammars, drafters, adapters)
     engine.on_close.extend(d.save for d in drafters if isinstance(d, SuffixDrafter))
     start_learning(engine, drafters)
     if config.token_budget is None:
@@ -74,6 +77,37 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     if engine.speculator is not None:
         tune_cost(engine, engine.speculator, key)
     return engine
+
+
+def load_adapters(
+    decoder: Decoder, config: EngineConfig, shape: EngineShape
+) -> AdapterTable | None:
+    """Places for adapters, with those of `config.lora`; None where there are to be none.
+
+    ConfigError for a setting that does not hold them, AdapterError or ModelError for an adapter.
+    """
+    found = {name: read_peft(path) for name, path in parse_pairs(config.lora).items()}
+    count = len(found) if config.max_loras is None else config.max_loras
+    if count < len(found):
+        raise ConfigError(
+            f"max_loras is {count}, lora names {len(found)} adapters; raise max_loras, or name "
+            "fewer",
+            param="engine.max_loras",
+        )
+    if not count:
+        return None
+    table = add_slots(
+        decoder, count, _max_rank(config, found), buffer_tokens(config, shape), config.device
+    )
+    for name, adapter in found.items():
+        entry = table.load(name, adapter)
+        log.info("adapter %s: rank %d, from %s", name, entry.rank, entry.path)
+    return table
+
+
+def _max_rank(config: EngineConfig, found: Mapping[str, PeftFile]) -> int:
+    given = (adapter.max_rank for adapter in found.values())
+    return config.max_lora_rank or max((16, *given))
 
 
 def start_learning(engine: Engine, drafters: Sequence[Drafter]) -> None:

@@ -100,4 +100,13 @@ class EngineConfig(BaseModel):
     max_draft_rows: int = Field(
         128, gt=0, description="draft tokens in one step; each costs a row of logits in memory"
     )
+    lora: tuple[str, ...] = Field(
+        (), description="adapters to serve, name=folder each (PEFT's files); clients ask by name"
+    )
+    max_loras: int | None = Field(
+        None, ge=0, description="places for adapters; None = those of `lora`, 0 = no adapters"
+    )
+    max_lora_rank: int | None = Field(
+        None, gt=0, description="largest rank of an adapter; None = that of `lora`, at least 16"
+    )
     seed: int = Field(0, description="seeds requests that bring none")

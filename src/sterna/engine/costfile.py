@@ -33,7 +33,7 @@ ROUNDS = 5
 CONFIRMED: Final = 1.1
 # Departure of real steps at which a kept measurement is thrown away.
 MAX_DEPARTURE: Final = 1.5
-# A size that is never confirmed may be as odd as it looks.
+# A size that takes longer than a larger one, again and again, may be as odd as it looks.
 MAX_STARTS: Final = 4
 
 Job = tuple[int, int]  # rows, keys
@@ -50,7 +50,9 @@ class Measured:
     @property
     def is_final(self) -> bool:
         """Nothing is to be gained by another start's measurement."""
-        return self.num_starts >= MAX_STARTS or not self.unconfirmed()
+        rough = self.unconfirmed()
+        is_repeated = all(self._is_repeated(job) for job in rough)
+        return not rough or (is_repeated and self.num_starts >= MAX_STARTS)
 
     def note(self, job: Job, seconds: float) -> None:
         """Take one run."""
@@ -65,29 +67,40 @@ class Measured:
         return [job for job in self.least if not self._is_confirmed(job)]
 
     def cost(self) -> StepCost:
-        """Costs never fall with the size: a step can be padded."""
-        sizes = sorted({rows for rows, _ in self.least})
+        """From the shortest and the longest context of each size."""
+        contexts = sorted({keys for _, keys in self.least})
+        short, long = contexts[0], contexts[-1]
         points: list[CostPoint] = []
-        for size in sizes:
-            point = self._point(size)
-            floor = points[-1] if points else CostPoint(0, 0.0)
-            seconds = max(point.seconds, floor.seconds)
-            points.append(CostPoint(size, seconds, max(point.per_key, floor.per_key)))
+        highs = self._envelope(long)
+        for size, low in self._envelope(short).items():
+            low = min(low, highs[size])
+            per_key = (highs[size] - low) / max(long - short, 1)
+            seconds = max(low - per_key * short, 0.1 * low)
+            floor = points[-1].seconds if points else 0.0
+            points.append(CostPoint(size, max(seconds, floor), per_key))
         return StepCost(points)
+
+    def _envelope(self, keys: int) -> dict[int, float]:
+        """Noise only adds: a step takes no longer than a larger one, which it can be padded to,
+        nor than as many smaller ones as hold its rows.
+        """
+        found: dict[int, float] = {}
+        for rows in sorted(r for r, k in self.least if k == keys):
+            shared = [s * rows / other for other, s in found.items()]
+            found[rows] = min(self.least[rows, keys], *shared) if shared else self.least[rows, keys]
+        least = float("inf")
+        for rows in reversed(found):
+            least = found[rows] = min(least, found[rows])
+        return found
 
     def _is_confirmed(self, job: Job) -> bool:
         rows, keys = job
         larger = [s for (r, k), s in self.least.items() if r > rows and k == keys]
-        is_repeated = self.second.get(job, float("inf")) <= CONFIRMED * self.least[job]
-        return is_repeated and all(self.least[job] <= CONFIRMED * s for s in larger)
+        is_odd = any(self.least[job] > CONFIRMED * s for s in larger)
+        return self._is_repeated(job) and not is_odd
 
-    def _point(self, size: int) -> CostPoint:
-        """From its shortest and its longest context."""
-        contexts = sorted(keys for rows, keys in self.least if rows == size)
-        short, long = contexts[0], contexts[-1]
-        low, high = self.least[size, short], self.least[size, long]
-        per_key = max(0.0, high - low) / max(long - short, 1)
-        return CostPoint(size, max(low - per_key * short, 0.1 * low), per_key)
+    def _is_repeated(self, job: Job) -> bool:
+        return self.second.get(job, float("inf")) <= CONFIRMED * self.least[job]
 
 
 def measure(

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 import numpy as np
 
 from sterna.core.errors import ConfigError, DeadlineError, RequestError
+from sterna.engine.adapters import AdapterTable
 from sterna.engine.admit import RequestFactory
 from sterna.engine.budget import least_budget
 from sterna.engine.commit import Committer
@@ -58,8 +59,12 @@ class Engine:
         shape: EngineShape | None = None,
         grammars: GrammarCompiler | None = None,
         drafters: Sequence[Drafter] = (),
+        adapters: AdapterTable | None = None,
     ) -> None:
-        """`drafters` guess tokens (speculate.py); without any there is no speculation."""
+        """`drafters` guess tokens (speculate.py); without any there is no speculation.
+
+        `adapters`: what requests may name, on `decoder` (adapters.py).
+        """
         shape = shape or engine_shape(decoder, config)
         budget = config.token_budget or DEFAULT_BUDGET
         pool = BlockPool(shape.num_kv_blocks, config.block_size)
@@ -79,14 +84,16 @@ class Engine:
             decoder,
             num_blocks=shape.num_kv_blocks,
             block_size=config.block_size,
-            max_tokens=_buffer_tokens(config, budget, shape.max_model_len),
+            max_tokens=buffer_tokens(config, shape),
             max_seqs=config.max_num_seqs,
             max_blocks=max_blocks,
             max_drafts=max_drafts,
             kv_dtype=kv_dtype(decoder, config),
             device=config.device,
             replay=config.capture,
+            slots=None if adapters is None else adapters.rows,
         )
+        self.adapters = adapters
         # Each hook is called with every finished step's statistics.
         self.on_step: list[Callable[[StepStats], None]] = []
         # Called before each forward with its chunks; what a hook raises is a failed forward.
@@ -164,6 +171,8 @@ class Engine:
     def check(self, request: EngineRequest) -> None:
         """Raise what `add` would raise about the request itself. Safe from any thread."""
         self._factory.check(request)
+        if request.adapter:
+            self._table().find(request.adapter)
         spec = request.params.structured
         if spec is None:
             return
@@ -186,6 +195,8 @@ class Engine:
         self.check(request)
         state = self._factory.new_state(request)
         state.rope_offset = self._decoder.rope_row_offset(len(state.prompt) + state.max_output)
+        if request.adapter:
+            state.adapter = self._table().acquire(request.adapter)
         spec = request.params.structured
         if spec is not None and self._grammars is not None:
             state.grammar = self._grammars.submit(spec)
@@ -280,10 +291,19 @@ class Engine:
         for output in outputs:
             if output.is_finished:
                 self.speed.note_finished(1)
-                del self._requests[output.request_id]
+                state = self._requests.pop(output.request_id)
+                if state.adapter is not None:
+                    self._table().release(state.adapter)
                 self._deadlines.pop(output.request_id, None)
                 self._compiling.pop(output.request_id, None)
         return outputs
+
+    def _table(self) -> AdapterTable:
+        if self.adapters is None:
+            raise RequestError(
+                "this engine serves no adapters; set max_loras or lora", param="model"
+            )
+        return self.adapters
 
     def _end_overdue(self, now: float) -> None:
         for name in [name for name, at in self._deadlines.items() if at <= now]:
@@ -342,7 +362,12 @@ def _note_scheduled(step: ScheduledStep, now: float) -> None:
             state.num_cached_tokens = chunk.start
 
 
-def _buffer_tokens(config: EngineConfig, budget: int, max_model_len: int) -> int:
-    """Longest step, now or with a measured budget: whole-prompt takes the first prompt whole."""
-    longest = max_model_len if config.policy == "whole-prompt" else 0
-    return max(budget, longest, least_budget(config.max_num_seqs), MIN_BUFFER_TOKENS)
+def buffer_tokens(config: EngineConfig, shape: EngineShape) -> int:
+    """Longest step, now or with a measured budget: whole-prompt takes the first prompt whole.
+
+    More tokens than a step has output rows, which adapters.py relies on.
+    """
+    budget = config.token_budget or DEFAULT_BUDGET
+    longest = shape.max_model_len if config.policy == "whole-prompt" else 0
+    rows = config.max_num_seqs + config.max_draft_rows
+    return max(budget, longest, least_budget(config.max_num_seqs), MIN_BUFFER_TOKENS, rows + 1)

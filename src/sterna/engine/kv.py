@@ -31,14 +31,15 @@ NULL_BLOCK = 0
 _KEY_BYTES = 16
 
 
-def root_key(salt: str, rope_offset: int) -> bytes:
+def root_key(salt: str, rope_offset: int, adapter: int = 0) -> bytes:
     """Parent key of a sequence's first block.
 
-    `salt` separates tenants; `rope_offset` separates the LongRope tables, whose keys differ for
-    equal tokens.
+    `salt` separates tenants; `rope_offset` separates the LongRope tables, and `adapter` (its
+    serial, 0 = none) the adapters, whose keys and values differ for equal tokens.
     """
     data = f"{rope_offset}|{salt}".encode()
-    return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
+    person = adapter.to_bytes(8, "little")  # no salt can spell it
+    return hashlib.blake2b(data, digest_size=_KEY_BYTES, person=person).digest()
 
 
 def block_key(parent: bytes, tokens: NDArray[np.int32]) -> bytes:

@@ -86,6 +86,7 @@ class EngineRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt (tenant)
+    adapter: str = ""  # name of a loaded adapter; empty = the base model
     priority: int = 0  # lower runs first; equal priorities are FIFO
     deadline_s: float | None = None  # seconds after arrival; then finished with `abort`
 

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sterna.engine.capture import capture
+from sterna.engine.adapter_slots import RowSlots
+from sterna.engine.capture import CapturedForward, capture
 from sterna.engine.memory import SizedModel
 from sterna.engine.request import TokenLogprob
 from sterna.engine.sampler import token_logprob
@@ -163,20 +164,22 @@ class Runner:
         kv_dtype: torch.dtype | None = None,
         device: str = "cpu",
         replay: bool = False,
+        slots: RowSlots | None = None,
     ) -> None:
-        """A step has at most `max_seqs` + `max_drafts` output rows: their logits are kept."""
+        """A step has at most `max_seqs` + `max_drafts` output rows: their logits are kept.
+
+        `slots`: where each row's adapter is written, where there can be adapters.
+        """
         self.decoder = decoder
         self.block_size = block_size
         self.layers = decoder.new_kv_layers(num_blocks, block_size, kv_dtype)
         self.buffers = InputBuffers(max_tokens, max_seqs, max_blocks, device)
         self._batches: dict[BatchShape, Batch] = {}
         self._offsets = np.arange(max_tokens, dtype=np.int32)
-        widest = self.buffers.batch(
-            BatchShape(max_tokens, max_seqs, min(max_tokens, max_seqs + max_drafts)),
-            self.layers,
-            block_size,
-        )
-        self.captured = capture(decoder, widest) if replay else None
+        self._slots = slots
+        self._widest = BatchShape(max_tokens, max_seqs, min(max_tokens, max_seqs + max_drafts))
+        self.captured = self._capture() if replay else None
+        self._adapted: CapturedForward | None = None  # recorded when it is first wanted
 
     def forward(self, batch: Batch) -> Tensor:
         """Float32 logits [R, V] of the output rows. The one place where the model is called."""
@@ -197,10 +200,11 @@ class Runner:
             return self._run_with_prompt_logprobs(chunks)
         rows = self._fill(chunks)
         self._fill_outputs(rows, len(chunks))
-        if self.captured is not None:
+        captured = self._recorded()
+        if captured is not None:
             num_tokens = int(self.buffers.query_starts[len(chunks)])
-            logits = self.captured(num_tokens, len(rows), len(chunks))
-            hidden = self.captured.hidden[: len(rows)]
+            logits = captured(num_tokens, len(rows), len(chunks))
+            hidden = captured.hidden[: len(rows)]
         elif rows:
             hidden = self.decoder.hidden(self._batch_of(chunks, len(rows)))
             logits = self.decoder.logits(hidden)
@@ -243,8 +247,25 @@ class Runner:
         """As `run_probe`, a decode with drafts: `num_rows` output rows behind `num_keys` keys."""
         self._probe(num_rows, num_keys, num_rows)
 
+    def _capture(self) -> CapturedForward | None:
+        """Record the step, with adapters if these are on."""
+        widest = self._widest
+        if self._slots is not None:
+            self._slots.begin(widest.num_tokens, widest.num_rows)
+        return capture(self.decoder, self.buffers.batch(widest, self.layers, self.block_size))
+
+    def _recorded(self) -> CapturedForward | None:
+        """The recorded step to replay: that of plain modules while no row has an adapter."""
+        if self.captured is None or self._slots is None or not self._slots.is_on:
+            return self.captured
+        if self._adapted is None:
+            self._adapted = self._capture()
+        return self._adapted
+
     def _probe(self, num_tokens: int, num_keys: int, num_rows: int) -> None:
         buffers, size = self.buffers, self.block_size
+        if self._slots is not None:
+            self._slots.is_on = False
         at = self._offsets[:num_tokens] + num_keys
         buffers.tokens[:num_tokens] = 0
         buffers.positions[:num_tokens] = at
@@ -267,6 +288,8 @@ class Runner:
 
     def _batch(self, shape: BatchShape) -> Batch:
         self.buffers.upload()
+        if self._slots is not None:
+            self._slots.begin(shape.num_tokens, shape.num_rows)
         batch = self._batches.get(shape)
         if batch is None:
             if len(self._batches) >= MAX_KEPT_BATCHES:
@@ -294,13 +317,25 @@ class Runner:
             buffers.block_tables[chunk_idx] = table
             if chunk.samples:
                 rows.extend(range(end - 1 - chunk.num_drafts, end))
+        if self._slots is not None:
+            self._fill_slots(self._slots, chunks)
         return rows
+
+    def _fill_slots(self, slots: RowSlots, chunks: Sequence[Chunk]) -> None:
+        """Each row's adapter; with none at all the step runs the plain modules."""
+        of_chunks = [chunk.seq.state.adapter_slot for chunk in chunks]
+        slots.is_on = max(of_chunks) >= 0
+        if slots.is_on:
+            counts = [chunk.num_tokens for chunk in chunks]
+            slots.tokens[: sum(counts)] = np.repeat(of_chunks, counts)
 
     def _fill_outputs(self, rows: list[int], num_chunks: int) -> None:
         """Write `output_rows` (ascending) and how many of them lie before each chunk's end."""
         buffers = self.buffers
         written = buffers.output_rows[: len(rows)]
         written[:] = rows
+        if self._slots is not None and self._slots.is_on:
+            self._slots.outputs[: len(rows)] = self._slots.tokens[written]
         ends = buffers.query_starts[1 : num_chunks + 1]
         buffers.output_starts[1 : num_chunks + 1] = written.searchsorted(ends)
 

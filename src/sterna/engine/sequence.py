@@ -21,6 +21,7 @@ from sterna.engine.sampler import RowPlan
 from sterna.engine.stopping import StopChecker
 
 if TYPE_CHECKING:
+    from sterna.engine.adapters import LoadedAdapter
     from sterna.engine.structured import CompiledGrammar, GrammarState
 
 
@@ -41,6 +42,7 @@ class RequestState:
     arrival: float  # monotonic seconds
     prompt: NDArray[np.int32]
     max_output: int  # tokens a sample may generate: max_tokens or what the context leaves
+    adapter: LoadedAdapter | None = None  # None = the base model
     rope_offset: int = 0  # added to every position: which LongRope table (0 for other models)
     sequences: list[Sequence] = field(default_factory=list)
     grammar: Future[CompiledGrammar] | None = None  # compiling; None once handed out
@@ -55,6 +57,16 @@ class RequestState:
     def salt(self) -> str:
         """The tenant's prefix-cache salt."""
         return self.request.cache_salt
+
+    @property
+    def adapter_slot(self) -> int:
+        """Where the adapter's weights are; -1 = none."""
+        return -1 if self.adapter is None else self.adapter.slot
+
+    @property
+    def adapter_serial(self) -> int:
+        """Tells the keys and values of one adapter from those of another; 0 = none."""
+        return 0 if self.adapter is None else self.adapter.serial
 
     @property
     def is_finished(self) -> bool:

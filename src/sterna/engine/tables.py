@@ -124,7 +124,9 @@ class BlockTables:
         size = self.pool.block_size
         keys = seq.keys
         for block_idx in range(len(keys), count):
-            parent = keys[-1] if keys else root_key(seq.state.salt, seq.state.rope_offset)
+            state = seq.state
+            root = (state.salt, state.rope_offset, state.adapter_serial)
+            parent = keys[-1] if keys else root_key(*root)
             keys.append(block_key(parent, seq.tokens(block_idx * size, size)))
         return keys[:count]
 

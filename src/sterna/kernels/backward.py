@@ -66,7 +66,7 @@ def gated_linear(
     d_pre = torch.empty_like(pre)
     d_gate, d_up = torch.split(d_pre, out_features, dim=1)
     torch.mul(grad, activate_wide(gate, activation), out=d_up)
-    d_gate.copy_(_d_activate(grad * up, gate, activation))
+    d_gate.copy_(d_activate(grad * up, gate, activation))
     return (
         d_pre @ weight if wants[0] else None,
         d_pre.t() @ x if wants[1] else None,
@@ -77,7 +77,7 @@ def gated_linear(
 
 def activate(grad: Tensor, wants: Wants, x: Tensor, kind: str) -> Grads:
     """grad, x [T, I]."""
-    return _d_activate(grad, x, kind), None
+    return d_activate(grad, x, kind), None
 
 
 def add(grad: Tensor, wants: Wants, x: Tensor, y: Tensor) -> Grads:
@@ -160,7 +160,7 @@ def _sum_rows(grad: Tensor, like: Tensor | None) -> Tensor | None:
     return None if like is None else wide(grad).sum(0).to(like.dtype)
 
 
-def _d_activate(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+def d_activate(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """Gradient through an activation of x, in x's dtype."""
     if kind == "silu":
         return _tensor(torch.ops.aten.silu_backward(grad, x))

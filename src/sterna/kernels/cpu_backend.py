@@ -21,7 +21,14 @@ from torch import Tensor
 
 from sterna.core.errors import KernelError
 from sterna.core.machine import num_usable_cpus
-from sterna.kernels import _cpu, cpu_calls, cpu_draft_calls, cpu_encoder_calls, cpu_quant_calls
+from sterna.kernels import (
+    _cpu,
+    cpu_calls,
+    cpu_draft_calls,
+    cpu_encoder_calls,
+    cpu_lora_calls,
+    cpu_quant_calls,
+)
 from sterna.kernels.backend import use_backend
 from sterna.kernels.kv_codes import row_elems
 from sterna.kernels.optable import OPS, library
@@ -34,6 +41,7 @@ _CALLS = (
     | cpu_quant_calls.QUANT_CALLS
     | cpu_encoder_calls.ENCODER_CALLS
     | cpu_draft_calls.DRAFT_CALLS
+    | cpu_lora_calls.LORA_CALLS
 )
 # GGUF's numbers of its 32-element block types: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 BLOCK_TYPES = (2, 3, 6, 7, 8)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sterna.kernels import autograd, quant_reference, reference
+from sterna.kernels import autograd, lora_reference, quant_reference, reference
 
 _TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 5e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -31,6 +31,7 @@ _ROPE = (
     "Tensor qkv, Tensor positions, Tensor? table, Tensor? q_norm, Tensor? k_norm, "
     f"float eps, bool unit_offset, {_HEADS}"
 )
+_LORA = "Tensor? slots, Tensor[] a, Tensor[] b, Tensor scales, Tensor ranks"
 _QUANT = "Tensor tiles, Tensor scales, Tensor table, Tensor? row_formats, int bits, int group_size"
 
 
@@ -163,6 +164,19 @@ OPS: tuple[OpSpec, ...] = (
         "Tensor z, Tensor? cell, Tensor norm, Tensor norm_bias, Tensor? cell_norm, "
         "Tensor? cell_norm_bias, float eps",
         reference.draft_cell,
+        inference_only=True,
+    ),
+    OpSpec(
+        "lora",
+        f"Tensor x, Tensor(a!) y, {_LORA}, int[] starts",
+        lora_reference.lora,
+        inference_only=True,
+        returns="()",
+    ),
+    OpSpec(
+        "lora_gated",
+        f"Tensor x, Tensor product, {_LORA}, str activation, int out_features",
+        lora_reference.lora_gated,
         inference_only=True,
     ),
     OpSpec("pick", "Tensor logits, Tensor? ids", reference.pick, inference_only=True),

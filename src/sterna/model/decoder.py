@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sterna.core.errors import DataError
 from sterna.kernels import ops
 from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
@@ -88,11 +89,34 @@ class Decoder(nn.Module):
         self.walk: Walk | None = None  # another way through the blocks, for training
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None."""
+        """Final normed hidden states [R, D] of batch.output_rows, or [T, D] when that is None.
+
+        DataError for a token or position the model has no row for, in a batch without a cache on
+        the CPU. The engine refuses such requests before they make a batch.
+        """
+        if batch.kv is None and batch.tokens.device.type == "cpu":
+            self._check_range(batch)
         h = self.embedded(batch)
         walked = self.walk(self, h, batch) if self.walk is not None else None
         out: Tensor = self.norm(self._walk(h, batch) if walked is None else walked)
         return out
+
+    def _check_range(self, batch: Batch) -> None:
+        """Kernels read tables unchecked: a row beyond the end would be somebody else's memory."""
+        rows = min((table.shape[0] for table in self.ropes.tables), default=None)
+        if self.embed_positions is not None:
+            rows = self.config.num_positions
+        limits = (("token", batch.tokens, self.config.vocab_size),
+                  ("position", batch.positions, rows))  # fmt: skip
+        for name, values, limit in limits:
+            if limit is None or not len(values):
+                continue
+            low, high = (int(x) for x in torch.aminmax(values))
+            if low < 0 or high >= limit:
+                raise DataError(
+                    f"the batch holds {name} {high if high >= limit else low}, the model has "
+                    f"{name}s 0 to {limit - 1}; use documents (a vocabulary) that fit the model"
+                )
 
     def _walk(self, h: Tensor, batch: Batch) -> Tensor:
         last = len(self.layers) - 1

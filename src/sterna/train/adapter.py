@@ -22,15 +22,9 @@ from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
 from sterna.model.decoder import Decoder
 from sterna.model.hf import HFDecoder
-from sterna.model.layers import GatedLinear, Linear
-from sterna.model.weights import split_parts
+from sterna.quant.adapted import ADAPTABLE, GATED, Span, native_spans
 from sterna.quant.foreign import dequantize_foreign
-from sterna.quant.linear import (
-    QuantGatedLinear,
-    QuantLinear,
-    dequantize_decoder,
-    quant_modules,
-)
+from sterna.quant.linear import dequantize_decoder, quant_modules
 from sterna.train.adapter_config import ALL_LINEAR, AdapterConfig
 from sterna.train.adapter_foreign import AdaptedForeign, is_linear, weight_of
 from sterna.train.adapter_modules import (
@@ -38,7 +32,6 @@ from sterna.train.adapter_modules import (
     AdaptedLinear,
     AdaptedModule,
     AdapterPart,
-    Span,
 )
 
 # What adapters are put on.
@@ -65,18 +58,8 @@ def adaptable(decoder: AnyDecoder) -> Iterator[Target]:
     if isinstance(decoder, HFDecoder):
         yield from _foreign_targets(decoder)
         return
-    names = decoder.config.hf_names
-    for name, module in decoder.named_modules():
-        base = module.base if isinstance(module, AdaptedModule) else module
-        if ".base" in name or not isinstance(base, _BASES):
-            continue
-        stacked = 1 + isinstance(base, GatedLinear | QuantGatedLinear)
-        rows = torch.empty(base.out_features * stacked, 1, device="meta")
-        start, spans = 0, []
-        for full, part in split_parts(f"{name}.weight", rows, names, decoder.config):
-            spans.append(Span(full.removesuffix(".weight"), start, start + len(part)))
-            start += len(part)
-        yield from (Target(name, span, tuple(spans)) for span in spans)
+    for name, spans in native_spans(decoder):
+        yield from (Target(name, span, spans) for span in spans)
 
 
 def _foreign_targets(decoder: HFDecoder) -> Iterator[Target]:
@@ -87,9 +70,6 @@ def _foreign_targets(decoder: HFDecoder) -> Iterator[Target]:
         if module in inside and not name.endswith(".base") and is_linear(base):
             span = Span(name, 0, weight_of(base).shape[0])
             yield Target(f"model.{name}", span, (span,))
-
-
-_BASES = (Linear, GatedLinear, QuantLinear, QuantGatedLinear)
 
 
 def add_adapter(decoder: AnyDecoder, config: AdapterConfig, seed: int = 0) -> None:
@@ -121,9 +101,9 @@ def place_part(
 
 
 def _wrapper_of(base: nn.Module) -> type[AdaptedModule]:
-    if isinstance(base, GatedLinear | QuantGatedLinear):
+    if isinstance(base, GATED):
         return AdaptedGated
-    return AdaptedLinear if isinstance(base, _BASES) else AdaptedForeign
+    return AdaptedLinear if isinstance(base, ADAPTABLE) else AdaptedForeign
 
 
 def finish_adapter(decoder: AnyDecoder, config: AdapterConfig) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sterna.quant.adapted import Span
 from sterna.quant.foreign import ForeignQuantLinear
-from sterna.train.adapter_modules import AdaptedModule, Span, start_at
+from sterna.train.adapter_modules import AdaptedModule, start_at
 
 
 def is_linear(module: nn.Module) -> bool:

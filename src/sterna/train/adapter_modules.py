@@ -22,37 +22,21 @@ Legend: T tokens, K in_features, N out_features (all parts), n rows of a part, r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sterna.kernels import ops
-from sterna.kernels.quant_weight import FlatWeight, drop_half_padding
-from sterna.kernels.tiles import TILE_ROWS
+from sterna.kernels.lora import OneAdapter, Pair, lora_act, lora_add
+from sterna.kernels.quant_weight import drop_half_padding
 from sterna.model.layers import GatedLinear, Linear
-from sterna.quant.linear import QuantGatedLinear, QuantLinear
+from sterna.quant.adapted import GATED, Span, Wrapper, wide_product
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows [start, stop) of a stacked weight that checkpoints call `name` (a full module name)."""
-
-    name: str
-    start: int
-    stop: int
-
-    @property
-    def leaf(self) -> str:
-        """The last word of the name, such as q_proj."""
-        return self.name.rpartition(".")[2]
 
 
 class AdapterPart(nn.Module):
@@ -107,22 +91,23 @@ class AdapterPart(nn.Module):
         return weight.to(self.A) + self.scaling * (self.B @ self.A)
 
 
-class AdaptedModule(nn.Module):
+class AdaptedModule(Wrapper):
     """A base with one AdapterPart for each adapted part of its weight."""
 
     def __init__(self, base: nn.Module, spans: tuple[Span, ...], is_dora: bool) -> None:
-        super().__init__()
-        self.base: Any = base
+        super().__init__(base)
         self.spans = spans
         self.is_dora = is_dora
         self.is_on = True
         self.parts = nn.ModuleDict()
+        self._one: OneAdapter | None = None
 
     def add(self, part: AdapterPart) -> None:
         """Adapt one more of the spans."""
         if self.is_dora:
             part.add_magnitude(self.rows(part.span))
         self.parts[part.span.leaf] = part
+        self._one = None
 
     def adapters(self) -> Iterator[AdapterPart]:
         """The parts, in the order of the stacked weight."""
@@ -146,6 +131,27 @@ class AdaptedModule(nn.Module):
             or (part.magnitude is not None and not _is_at_norm(part, self.rows(part.span)))
             for part in self.adapters()
         )
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether inputs are dropped now: each part draws its own, which the ops do not."""
+        return self.training and any(part.dropout for part in self.adapters())
+
+    def pairs(self) -> list[Pair]:
+        """A and B of every span, None where it has no adapter."""
+        by_leaf = {part.span.leaf: (part.A, part.B) for part in self.adapters()}
+        return [by_leaf.get(span.leaf) for span in self.spans]
+
+    def one(self) -> OneAdapter:
+        """What the ops take besides: kept, since a recorded step holds its addresses."""
+        if self._one is None:
+            scales = {part.span.leaf: part.scaling for part in self.adapters()}
+            factors = [scales.get(span.leaf, 0.0) for span in self.spans]
+            self._one = self._new_one(factors, [0, *(span.stop for span in self.spans)])
+        return self._one
+
+    def _new_one(self, factors: list[float], starts: list[int]) -> OneAdapter:
+        return OneAdapter.of(self.pairs(), factors, starts)
 
     def delta(self, x: Tensor) -> Tensor:
         """float32 [T, N]: every part's delta, zeros where a part has no adapter."""
@@ -189,7 +195,9 @@ class AdaptedLinear(AdaptedModule):
             return plain
         if not self.is_dora:
             y: Tensor = self.base(x, residual)
-            return (y.float() + self.delta(x)).to(y.dtype)
+            if self.has_dropout:
+                return (y.float() + self.delta(x)).to(y.dtype)
+            return lora_add(x, y, self.pairs(), self.one())
         y = self.scaled(_product(self.base, x), x)
         for term in (self.base.bias, residual):
             if term is not None:
@@ -200,27 +208,37 @@ class AdaptedLinear(AdaptedModule):
 class AdaptedGated(AdaptedModule):
     """In place of GatedLinear or QuantGatedLinear."""
 
+    def pairs(self) -> list[Pair]:
+        """Of gate and up. Where checkpoints have both in one (Phi-3) they share A."""
+        (first, *others) = found = super().pairs()
+        if others or first is None:
+            return found
+        a, b = first
+        return [(a, half) for half in b.chunk(2)]
+
+    def _new_one(self, factors: list[float], starts: list[int]) -> OneAdapter:
+        half = self.base.out_features
+        return OneAdapter.of(self.pairs(), (factors * 2)[:2], (0, half, 2 * half))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> act(gate) * up, [T, I]."""
         if not self.is_on:
             plain: Tensor = self.base(x)
             return plain
+        if not (self.is_dora or self.has_dropout):
+            product = wide_product(self.base, x)
+            return lora_act(x, product, self.pairs(), self.one(), self.base.activation)
         gate, up = self.scaled(_product(self.base, x), x).chunk(2, dim=-1)
         y = (_ACTIVATIONS[self.base.activation](gate) * up).to(x.dtype)
         return start_at(y, lambda: self.base(x), self.is_identity())
 
 
 def _product(base: Any, x: Tensor) -> Tensor:
-    """x W^T in float32, unrounded: the `logits` op on any weight."""
-    if isinstance(base, Linear | GatedLinear):
-        return ops.logits(x, base.weight, base.weight.shape[0])
-    flat: FlatWeight = base.quant_weight.flat()
-    if not isinstance(base, QuantGatedLinear):
-        assert isinstance(base, QuantLinear)
-        return ops.quant_logits(x, *flat, base.out_features)
-    # Each half of a gated weight is padded to whole row blocks; those rows come out as zeros.
-    padded = ops.quant_logits(x, *flat, flat[0].shape[0] * TILE_ROWS)
-    return drop_half_padding(padded.t(), base.out_features).t()
+    """x W^T in float32, unrounded, without padding: [T, N]."""
+    product = wide_product(base, x)
+    if not isinstance(base, GATED) or product.shape[1] == 2 * base.out_features:
+        return product
+    return drop_half_padding(product.t(), base.out_features).t()
 
 
 class _StartAt(torch.autograd.Function):

@@ -15,7 +15,7 @@ from sterna.core.lookup import unknown
 from sterna.train.config import Recipe
 
 Layer = Mapping[str, Any]
-R = TypeVar("R", bound=Recipe)  # kinds with settings of their own have a subclass
+R = TypeVar("R", bound=BaseModel)  # kinds with settings of their own have their class
 
 
 def read_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -119,7 +119,7 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _describe(finding: Any, kind: type[Recipe]) -> str:
+def _describe(finding: Any, kind: type[BaseModel]) -> str:
     path = [str(part) for part in finding["loc"]]
     name = ".".join(path)
     if finding["type"] == "extra_forbidden":
@@ -128,7 +128,7 @@ def _describe(finding: Any, kind: type[Recipe]) -> str:
     return f"{name}: {reason} (given {finding['input']!r})" if name else reason
 
 
-def _siblings(path: Sequence[str], kind: type[Recipe]) -> list[str]:
+def _siblings(path: Sequence[str], kind: type[BaseModel]) -> list[str]:
     """The keys allowed beside the last part of a path, dotted like it."""
     model: Any = kind
     for part in path[:-1]:

@@ -85,17 +85,21 @@ def render(
     subtitle = f"Sterna {__version__}, {recipe.kind}; {fingerprint().line()}"
     title = f"Training report: {recipe.run.output.name}"
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p class=dim>{html.escape(subtitle)}</p>",
         _fact_row(facts),
         f"<div class=charts>{''.join(_charts(steps, evals))}</div>",
         own,
         "<h2>Settings that differ from the defaults</h2>",
-        _table(("key", "default", "value"), _setting_rows(recipe)),
+        table(("key", "default", "value"), _setting_rows(recipe)),
     ]
     if samples:
-        parts += ["<h2>Samples</h2>", _table(("prompt", "answer"), samples)]
-    body = "\n".join(parts)
+        parts += ["<h2>Samples</h2>", table(("prompt", "answer"), samples)]
+    return page(title, subtitle, parts)
+
+
+def page(title: str, subtitle: str, parts: Sequence[str]) -> str:
+    """A page of HTML parts, with the style of every report; it loads nothing."""
+    heads = [f"<h1>{html.escape(title)}</h1>", f"<p class=dim>{html.escape(subtitle)}</p>"]
+    body = "\n".join((*heads, *parts))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title>"
@@ -161,7 +165,8 @@ def _fact_row(facts: dict[str, str]) -> str:
     return f"<div class=facts>{''.join(cells)}</div>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of texts."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

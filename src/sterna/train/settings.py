@@ -23,7 +23,7 @@ class Setting:
     meaning: str
 
 
-def all_settings(recipe: type[Recipe] = Recipe) -> Iterator[Setting]:
+def all_settings(recipe: type[BaseModel] = Recipe) -> Iterator[Setting]:
     """The settings of all sections, in the order of definition; a source's under data.sources[]."""
     yield from _settings(recipe, "")
 

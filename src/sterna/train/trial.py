@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from sterna.train.longseq.apply import apply_longseq
 from sterna.train.longseq.config import LongseqSection
 from sterna.train.longseq.foreign_proof import experts_of
 from sterna.train.longseq.head import chunked_cross_entropy
+from sterna.train.offload.homes import TierHome, new_home
+from sterna.train.offload.weights import WeightTier
 from sterna.train.spread import shards_of, spread
 from sterna.train.step import TrainStep
 from sterna.train.trialmodel import TrialModel, make_model
@@ -70,6 +73,7 @@ class Trial:
     frozen: tuple[str, ...] = ()  # parts of names of weights that are not trained
     adapter: dict[str, Any] | None = None  # AdapterConfig; trained instead of the weights
     loss: dict[str, Any] = field(default_factory=dict)  # LossSection
+    offload_folder: str = ""  # the blocks' weights wait in a file there; needs longseq.checkpoint
     seed: int = 0
 
 
@@ -155,9 +159,23 @@ def build_model(trial: Trial, mesh: Mesh) -> tuple[Any, bool]:
         settings = LongseqSection(**trial.longseq)
         if settings.auto and isinstance(model, HFDecoder) and experts_of(model):
             settings = settings.model_copy(update={"mlp_tile": 0})  # as the planner does
-        apply_longseq(model, settings, is_sharded=is_cut)
+        apply_longseq(model, settings, is_sharded=is_cut, weights=_offloaded(trial, model))
     spread(model, parallel, mesh)
     return model, is_cut
+
+
+def _offloaded(trial: Trial, model: Any) -> WeightTier | None:
+    """The blocks' weights moved to the disk, as `offload.weights` does."""
+    if not trial.offload_folder:
+        return None
+    home = new_home("disk", torch.device("cpu"), Path(trial.offload_folder))
+    assert isinstance(home, TierHome)
+    is_adapter = trial.adapter is not None
+    return WeightTier(
+        list(model.layers),
+        home,
+        lambda tensor: tensor.dim() > 1 and not (is_adapter and tensor.requires_grad),
+    )
 
 
 def _fill_zeros(model: nn.Module, seed: int) -> None:

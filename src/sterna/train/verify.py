@@ -36,6 +36,7 @@ from sterna.train.longseq.config import LongseqSection
 from sterna.train.sft import is_foreign
 from sterna.train.trial import Errors, Result, Row, Trial, compare, run_trial
 from sterna.train.trialmodel import TrialModel
+from sterna.train.verifystates import states_errors
 from sterna.version import __version__
 
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
@@ -49,6 +50,7 @@ ROWS = (
     Row((1, 39), trained=(0, 9)),
 )
 RUN = "sterna.train.trial:run_trial"
+STATES = "offloaded states"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,6 +132,9 @@ def verify(recipe: Recipe, report: Callable[[str], None] = lambda _: None) -> Ce
         for feature, trial, world in _trials(recipe, plain, notes):
             report(feature)
             checks.append(_check(ranks, reference, feature, trial, world))
+    if recipe.offload.states != "memory":
+        report(STATES)
+        checks.append(_check_states(recipe))
     model = plain.model
     return Certificate(
         model=model.path or str(recipe.model.config),
@@ -207,9 +212,41 @@ def _trials(recipe: Recipe, plain: Trial, notes: list[str]) -> Iterator[tuple[st
     if cut == "full" and dp * sp > 1:
         alone = {"dp": max(2, dp), "shard": "full"}
         yield "sharded weights", dataclasses.replace(plain, parallel=alone), max(2, dp)
+    folder = _offload_folder(recipe, plain, dp * sp, notes)
+    if folder:
+        yield (
+            "offloaded weights",
+            dataclasses.replace(plain, longseq={"checkpoint": True}, offload_folder=folder),
+            1,
+        )
     together = {"dp": dp, "sp": sp, "shard": cut, **inner}
-    everything = dataclasses.replace(plain, parallel=together, chunked_head=7, longseq=long)
+    everything = dataclasses.replace(
+        plain, parallel=together, chunked_head=7, longseq=long, offload_folder=folder
+    )
     yield "all", everything, dp * sp
+
+
+def _offload_folder(recipe: Recipe, plain: Trial, world: int, notes: list[str]) -> str:
+    """Where the trial's weights wait; empty when the recipe leaves them in memory."""
+    settings = recipe.offload
+    if settings.weights == "memory":
+        return ""
+    if world > 1 or plain.model.backend == "hf":
+        raise ConfigError(
+            "offload.weights is for native models on one rank, as the run would say; set it to "
+            "memory",
+            param="offload.weights",
+        )
+    if not recipe.longseq.checkpoint:
+        raise ConfigError(
+            "offload.weights needs longseq.checkpoint: a block's weights come twice a step",
+            param="longseq.checkpoint",
+        )
+    if settings.weights == "host":
+        notes.append("note: weights waited on disk, the recipe has them in pinned memory")
+    folder = settings.folder or recipe.run.output
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def _long(settings: LongseqSection, notes: list[str]) -> dict[str, Any]:
@@ -257,6 +294,15 @@ def _check(ranks: LocalRanks, reference: Result, feature: str, trial: Trial, wor
     assert result is not None
     errors = compare(reference, result)
     return Check(feature, world, errors, limit, time.perf_counter() - started)
+
+
+def _check_states(recipe: Recipe) -> Check:
+    """States on disk give the bits of states in memory, whatever their format."""
+    started = time.perf_counter()
+    folder = recipe.offload.folder or recipe.run.output
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = states_errors(recipe, folder)
+    return Check(STATES, 1, errors, 0.0, time.perf_counter() - started)
 
 
 def _line(check: Check) -> tuple[str, ...]:

@@ -104,25 +104,25 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
 
 def test_a_dumped_step_replays_to_the_same_gradient(tmp_path):
     settings = {"algorithm": KINDS["ppo"], "run": {"dump": True}}
-    align_rl(recipe(tmp_path, **settings), rewards=[Low()], hooks=[Stop(1)])
-    align_rl(
-        recipe(
-            tmp_path,
-            **settings,
-        ),
-        rewards=[Low()],
-        hooks=[Stop(2)],
-        resume=True,
-    )
+    align_rl(recipe(tmp_path, **settings), rewards=[Low()])
     dump = tmp_path / "run" / "rollouts" / "step-00000002.safetensors"
     experience, figures = read_dump(dump)
     assert len(experience.rollouts) == 16
-    import shutil
-
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     found = replay(recipe(tmp_path, **settings), dump)
     assert found.is_identical
     assert found.then["grad_norm"] == figures["grad_norm"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_step_without_the_checkpoint_before_it_is_not_replayed(tmp_path):
+    settings = {"run": {"dump": True}, "checkpoint": {"every": 3}}
+    align_rl(recipe(tmp_path, **settings), rewards=[Low()])
+    with pytest.raises(TrainError, match=r"step-00000001 .*complete: step-00000003"):
+        replay(
+            recipe(tmp_path, **settings),
+            tmp_path / "run" / "rollouts" / "step-00000002.safetensors",
+        )
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path):
@@ -205,6 +205,17 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path):
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000000" / "model.safetensors")
     start = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(saved[name], start[name]) for name in saved)
+
+
+def test_speculation_changes_times_only(tmp_path):
+    plain, guessing = tmp_path / "plain", tmp_path / "guessing"
+    for folder, is_on in ((plain, False), (guessing, True)):
+        folder.mkdir()
+        align_rl(recipe(folder, rollout={"speculation": is_on, "max_tokens": 24}), rewards=[Low()])
+    a, b = lines(plain), lines(guessing)
+    for one, other in zip(a, b, strict=True):
+        assert other["speculation/accepted"] <= other["speculation/drafted"]
+        assert all(one[name] == other[name] for name in ("reward", "loss", "grad_norm"))
 
 
 def test_six_bit_rollouts_are_corrected(tmp_path):

@@ -200,3 +200,15 @@ def test_a_contradicted_measurement_is_thrown_away_at_the_end(monkeypatch):
     assert load("key") is None
     save("key", measure(machine.run, 64, 2000))
     assert load("key") is not None
+
+
+def test_garbage_of_a_hopeless_machine_stays_sane_and_is_not_final(monkeypatch):
+    """Two threads among eight: up to fifty times as long, at every start."""
+    draw = random.Random(2)
+    machine = Machine(monkeypatch, lambda now: 1 + draw.expovariate(0.1))
+    for _ in range(2 * MAX_STARTS):
+        cost = tuned("key", machine.run, 64, 2000)
+        assert not load("key").is_final
+        seconds = [cost.seconds(n, 0) for n in range(1, 65)]
+        assert seconds == sorted(seconds)
+        assert all(s <= 1.001 * (n + 1) * seconds[0] for n, s in enumerate(seconds))

@@ -18,6 +18,8 @@ class PromptRow:
 
     prompt: str | Messages | list[int]
     row: Mapping[str, Any] = field(default_factory=dict)
+    tools: Messages | None = None  # functions that messages may call, for the chat template
+    is_plain: bool = False  # a text that no template is put around, whatever prompts.render says
 
 
 class Task(Protocol):

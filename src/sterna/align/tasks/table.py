@@ -8,6 +8,7 @@ from typing import Any
 from sterna.align.tasks.arithmetic import Arithmetic
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.format import Format
+from sterna.align.tasks.gym import Gym
 from sterna.align.tasks.length import Length
 from sterna.align.tasks.walks import Walks
 from sterna.core.errors import ConfigError
@@ -17,6 +18,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
     "format": Format,
     "length": Length,
+    "reasoning-gym": Gym,
     "walks": Walks,
 }
 

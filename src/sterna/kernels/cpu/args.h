@@ -78,6 +78,32 @@ struct LinearArgs {
   float softcap, scale;
 };
 
+// Low-rank adapters on one weight. A part is a run of its outputs that has A and B of its own; its
+// adapters lie one behind the other. A scale of 0: this adapter leaves the part alone.
+struct LoraPart {
+  const float* a;        // slot s: [ranks[s], in] at s * a_stride
+  const float* b;        // slot s: [size, ranks[s]] at s * b_stride
+  const float* scales;   // [slots]
+  const int32_t* ranks;  // [slots]
+  int64_t a_stride, b_stride;
+  int32_t start, size;  // outputs [start, start + size)
+};
+struct LoraDownArgs {
+  const void* x;         // [rows, in] of dtype
+  const int32_t* slots;  // [rows] each row's adapter, -1 = none; null: all have the first
+  float* inner;          // [rows, parts * max_rank]
+  std::vector<LoraPart> parts;
+  int32_t rows_kind, dtype, in_features, max_rank;
+};
+struct LoraUpArgs {
+  const float* inner;
+  const int32_t* slots;
+  const float* product;  // gated: [rows, stride], gate first, up at `half`; else null
+  void* y;               // [rows, out] of dtype: added to; gated: written
+  std::vector<LoraPart> parts;
+  int32_t rows_kind, dtype, out_features, max_rank, gate, half, stride;
+};
+
 struct ActivateArgs {
   const void* x;
   const void* y;  // add: second operand; activate: null
@@ -289,6 +315,8 @@ struct KernelTable {
   Kernel<PoolArgs> pool;
   Kernel<DraftCellArgs> draft_cell;
   Kernel<PickArgs> pick;
+  Kernel<LoraDownArgs> lora_down;
+  Kernel<LoraUpArgs> lora_up;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

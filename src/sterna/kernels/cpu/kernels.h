@@ -24,6 +24,8 @@ Kernel<BidirectionalArgs> bidirectional_kernel();
 Kernel<PoolArgs> pool_kernel();
 Kernel<DraftCellArgs> draft_cell_kernel();
 Kernel<PickArgs> pick_kernel();
+Kernel<LoraDownArgs> lora_down_kernel();
+Kernel<LoraUpArgs> lora_up_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

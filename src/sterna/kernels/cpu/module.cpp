@@ -113,6 +113,41 @@ void bind_matrix_ops(nb::class_<Kernels>& k) {
      "softcap"_a, "scale"_a);
 }
 
+std::vector<LoraPart> lora_parts(const std::vector<Addr>& a, const std::vector<Addr>& b,
+                                 const std::vector<Addr>& scales, const std::vector<Addr>& ranks,
+                                 const std::vector<int64_t>& strides,
+                                 const std::vector<int>& starts) {
+  std::vector<LoraPart> parts;
+  for (size_t i = 0; i < a.size(); ++i)
+    parts.push_back({ptr<float>(a[i]), ptr<float>(b[i]), ptr<float>(scales[i]), ptr<int32_t>(ranks[i]),
+                     strides[2 * i], strides[2 * i + 1], starts[i], starts[i + 1] - starts[i]});
+  return parts;
+}
+#define PARTS "a"_a, "b"_a, "scales"_a, "ranks"_a, "strides"_a, "starts"_a
+
+void bind_lora_ops(nb::class_<Kernels>& k) {
+  using Addrs = std::vector<Addr>;
+  k.def("lora_down", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr slots,
+                        Addr inner, const Addrs& a, const Addrs& b, const Addrs& scales,
+                        const Addrs& ranks, const std::vector<int64_t>& strides, const std::vector<int>& starts,
+                        int kind, int dtype, int in, int max_rank) {
+    self.submit(tape, LoraDownArgs{ptr<void>(x), ptr<int32_t>(slots), ptr<float>(inner),
+                                   lora_parts(a, b, scales, ranks, strides, starts),
+                                   kind, dtype, in, max_rank}, t, r, s);
+  }, "tape"_a.none(), ROWS, "x"_a, "slots"_a, "inner"_a, PARTS, "rows_kind"_a, "dtype"_a,
+     "in_features"_a, "max_rank"_a);
+  k.def("lora_up", [](Kernels& self, Tape* tape, int t, int r, int s, Addr inner, Addr slots,
+                      Addr product, Addr y, const Addrs& a, const Addrs& b, const Addrs& scales,
+                      const Addrs& ranks, const std::vector<int64_t>& strides,
+                      const std::vector<int>& starts, int kind, int dtype, int out, int max_rank,
+                      int gate, int half, int stride) {
+    self.submit(tape, LoraUpArgs{ptr<float>(inner), ptr<int32_t>(slots), ptr<float>(product),
+                                 ptr<void>(y), lora_parts(a, b, scales, ranks, strides, starts), kind, dtype, out,
+                                 max_rank, gate, half, stride}, t, r, s);
+  }, "tape"_a.none(), ROWS, "inner"_a, "slots"_a, "product"_a, "y"_a, PARTS,
+     "rows_kind"_a, "dtype"_a, "out_features"_a, "max_rank"_a, "gate"_a, "half"_a, "stride"_a);
+}
+
 QuantWeight quant_weight(Addr tiles, Addr scales, Addr table, Addr row_formats, int bits, int group,
                          int scale_kind, int in) {
   return {ptr<uint8_t>(tiles), ptr<void>(scales), ptr<float>(table), ptr<uint8_t>(row_formats),
@@ -326,4 +361,5 @@ NB_MODULE(_cpu, m) {
   bind_attention_ops(k);
   bind_encoder_ops(k);
   bind_draft_ops(k);
+  bind_lora_ops(k);
 }

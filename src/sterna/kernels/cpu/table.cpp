@@ -17,7 +17,8 @@ const KernelTable* CAT(STERNA_ISA, _table)() {
                                  isa::quant_linear_kernel(), isa::quant_embed_kernel(),
                                  isa::quant_rows_kernel(), isa::embed_norm_kernel(),
                                  isa::bidirectional_kernel(), isa::pool_kernel(),
-                                 isa::draft_cell_kernel(), isa::pick_kernel()};
+                                 isa::draft_cell_kernel(), isa::pick_kernel(),
+                                 isa::lora_down_kernel(), isa::lora_up_kernel()};
   return &table;
 }
 

@@ -25,10 +25,13 @@ const auto& kernel(const KernelTable& t, const BidirectionalArgs&) { return t.bi
 const auto& kernel(const KernelTable& t, const PoolArgs&) { return t.pool; }
 const auto& kernel(const KernelTable& t, const DraftCellArgs&) { return t.draft_cell; }
 const auto& kernel(const KernelTable& t, const PickArgs&) { return t.pick; }
+const auto& kernel(const KernelTable& t, const LoraDownArgs&) { return t.lora_down; }
+const auto& kernel(const KernelTable& t, const LoraUpArgs&) { return t.lora_up; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
                                  "store", "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed",
-                                 "quant_rows", "embed_norm", "bidirectional", "pool", "draft_cell", "pick"};
+                                 "quant_rows", "embed_norm", "bidirectional", "pool", "draft_cell", "pick",
+                                 "lora_down", "lora_up"};
 
 }  // namespace
 

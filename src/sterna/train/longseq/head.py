@@ -68,7 +68,8 @@ class _SumLoss(torch.autograd.Function):
         return (*as_inputs(scaled, ctx.like), None)
 
 
-def _sum_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Any) -> Tensor:
+def sum_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Any) -> Tensor:
+    """The scalar that `work(wants)` returns beside its gradients of (hidden, weight, bias)."""
     tensors = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         apply: Any = _SumLoss.apply
@@ -103,7 +104,7 @@ def chunked_cross_entropy(
         penalty = (label_smoothing, z_loss)
         return _cross_entropy(hidden.detach(), weight, bias, targets, settings, penalty, wants)
 
-    return _sum_loss(hidden, weight, bias, work)
+    return sum_loss(hidden, weight, bias, work)
 
 
 @torch.no_grad()
@@ -189,7 +190,7 @@ def chunked_kl(
             del taught
         return total.to(grads.sum_dtype), grads.take()
 
-    return _sum_loss(hidden, weight, bias, work)
+    return sum_loss(hidden, weight, bias, work)
 
 
 def _kl_chunk(
