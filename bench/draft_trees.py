@@ -101,6 +101,7 @@ def play(args: argparse.Namespace) -> None:
     points = [part.split(":") for part in args.cost.split(",")]
     cost = StepCost([CostPoint(int(n), float(ms)) for n, ms in points])
     table = Table("task", "rows", "linear", "tree", "gain", "linear rows", "tree rows")
+    found = []
     for name, records in track(json.loads(args.file.read_text()).items(), console=console):
         for rows in (3, 7, 15, 31, 0):
             pick = (lambda nodes, reach, n=rows: n) if rows else _best_of(cost)
@@ -110,7 +111,14 @@ def play(args: argparse.Namespace) -> None:
                 name, str(rows or "own"), f"{a:.2f}", f"{b:.2f}", f"{b / a - 1:+.1%}",
                 f"{linear.rows / linear.steps:.1f}", f"{tree.rows / tree.steps:.1f}",
             )  # fmt: skip
+            found.append({
+                "task": name, "rows": rows or "own", "linear": a, "tree": b, "gain": b / a - 1,
+                "linear_rows": linear.rows / linear.steps, "tree_rows": tree.rows / tree.steps,
+            })  # fmt: skip
     console.print(table)
+    if args.into:
+        data = {"model": "SmolLM2-135M", "cost_ms": args.cost, "rows": found}
+        args.into.write_text(json.dumps(data, indent=1) + "\n")
 
 
 Pick = Callable[[Nodes, list[float]], int]
@@ -198,6 +206,7 @@ def main() -> None:
     makes.set_defaults(run=make)
     plays = verbs.add_parser("play")
     plays.add_argument("--cost", default="1:2.1,2:2.1,3:2.6,4:2.8,8:3.6,16:5.6,32:9.8")
+    plays.add_argument("--into", type=Path, default=None, help="store the table as JSON")
     plays.set_defaults(run=play)
     for verb in (makes, plays):
         verb.add_argument("file", type=Path)

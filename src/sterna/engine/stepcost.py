@@ -4,9 +4,10 @@
 
 N rows, all of them output rows; K is the sum over the rows of the keys each of them reads. `base`
 and `per_key` are interpolated between sizes timed at start (costfile.py). Real steps correct both
-factors: `level` quickly, for a machine that is busy for a while, all sizes alike; `shape` slowly,
-for sizes that prove dearer or cheaper than others than the measurement said. Decisions use ratios
-only, in which `level` cancels; it makes estimates and real durations comparable.
+factors. `level`: how busy the machine is, all sizes alike; from steps without drafts only, or rows
+that cost more than was measured would pass for a busy machine. `shape`: sizes that prove dearer or
+cheaper than others. Decisions use ratios, in which `level` cancels; it makes estimates and real
+durations comparable.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-# Weight of a new step in both factors. What changes the level also moves the shape of the sizes
-# in use, by the ratio of the weights: a machine twice as slow by 4%.
+# Weight of a step without drafts in both factors: what changes the level also moves the shape of
+# the sizes in use, a machine twice as slow by 4%. And of one with drafts in the shape.
 LEVEL_WEIGHT, SHAPE_WEIGHT = 0.2, 0.01
+DRAFTED_WEIGHT = 0.05
 # How far one step may move them (a process that was paused shows a step of minutes), and how far
 # the shape may go.
 CLIP: Final = 1.5
@@ -62,14 +64,18 @@ class StepCost:
         shape = (1 - share) * self._shape[i] + share * self._shape[j]
         return self.level * shape * (_at(self._base, num_rows) + per_row_key * num_keys)
 
-    def note(self, num_rows: int, num_keys: int, seconds: float) -> None:
-        """Take the duration of a real step of decodes and their drafts."""
+    def note(
+        self, num_rows: int, num_keys: int, seconds: float, *, has_drafts: bool = False
+    ) -> None:
+        """Take the duration of a real step of decodes and perhaps their drafts."""
         ratio = seconds / self.seconds(num_rows, num_keys)
         excess = min(max(ratio, 1 / CLIP), CLIP) - 1
-        self.level *= 1 + LEVEL_WEIGHT * excess
+        if not has_drafts:
+            self.level *= 1 + LEVEL_WEIGHT * excess
+        rate = DRAFTED_WEIGHT if has_drafts else SHAPE_WEIGHT
         i, j, share = self._place(max(num_rows, 1))
         for at, weight in ((i, 1 - share), (j, share)):
-            learned = self._learned[at] * (1 + SHAPE_WEIGHT * weight * excess)
+            learned = self._learned[at] * (1 + rate * weight * excess)
             self._learned[at] = min(max(learned, 1 / MAX_SHAPE), MAX_SHAPE)
             self._seen[at] += weight
         self._shape_up()

@@ -167,7 +167,7 @@ def test_real_steps_mend_a_size_that_was_measured_too_dear():
     draw = random.Random(0)
     for _ in range(1000):
         n = draw.choice([1, 2, 2, 8])
-        cost.note(n, 0, true.seconds(n, 0) * draw.uniform(1, 1.3))
+        cost.note(n, 0, true.seconds(n, 0) * draw.uniform(1, 1.3), has_drafts=n > 1)
     assert cost.seconds(2, 0) / cost.seconds(1, 0) == pytest.approx(1.0, abs=0.1)
     assert cost.seconds(8, 0) / cost.seconds(1, 0) == pytest.approx(4 / 2.1, rel=0.15)
     assert cost.departure() > 1.5
@@ -181,7 +181,8 @@ def test_the_noise_of_real_steps_is_no_departure():
     for i in range(5000):
         n = draw.choice([1, 4, 9, 33])
         busy = 2.5 if i // 500 % 2 else 1.0  # for hundreds of steps at a time
-        cost.note(n, n, COST.seconds(n, n) * busy * draw.choice([1, 1.1, 1.4, 3]))
+        seconds = COST.seconds(n, n) * busy * draw.choice([1, 1.1, 1.4, 3])
+        cost.note(n, n, seconds, has_drafts=n > 1)
     assert cost.departure() < 1.25
     assert cost.seconds(33, 33) / cost.seconds(1, 1) == pytest.approx(
         COST.seconds(33, 33) / COST.seconds(1, 1), rel=0.2
@@ -195,7 +196,7 @@ def test_a_contradicted_measurement_is_thrown_away_at_the_end(monkeypatch):
     assert load("key") is not None
     for _ in range(int(4 * KNOWN)):
         cost.note(1, 0, COST.seconds(1, 0))
-        cost.note(8, 0, 2.5 * COST.seconds(8, 0))
+        cost.note(8, 0, 2.5 * COST.seconds(8, 0), has_drafts=True)
     review("key", cost)
     assert load("key") is None
     save("key", measure(machine.run, 64, 2000))
