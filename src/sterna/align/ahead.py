@@ -53,6 +53,15 @@ class Ahead:
         """Of the step that is queued; None when nothing is."""
         return None if self._queued is None else self._queued.prompts
 
+    @property
+    def position(self) -> int | None:
+        """Of the prompt stream before those prompts; None when nothing is queued."""
+        return None if self._queued is None else self._queued.position
+
+    def drop(self) -> None:
+        """Empty the queue; what is being drawn is not waited for."""
+        self._queued = None
+
     def begin(self, prompts: list[Prompt], position: int, step: int) -> None:
         """Draw for `step`, whose prompts began at `position` of the stream."""
         assert self._queued is None, "a queue of one step"

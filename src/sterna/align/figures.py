@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sterna.align.experience import Experience, share_without_spread
-from sterna.align.rollout import Rollout
+from sterna.align.rollout import Rollout, group_ids
 from sterna.align.siblings import DraftCount
+
+_GRAM = 4
 
 
 def step_figures(
@@ -25,18 +28,47 @@ def step_figures(
         **completion_figures(drawn),
         **learnt,
         **mismatch_figures(experience),
-        "frac_reward_zero_std": share_without_spread(experience.rollouts, experience.scores),
+        **group_figures(experience),
         "completions/dropped": float(len(drawn) - len(experience.rollouts)),
     }
     if experience.ref_logprobs is not None:
         d = experience.old_logprobs - experience.ref_logprobs
         found["kl"] = _mean(experience.layout.sums(d))
+    if experience.values is not None:
+        found |= ppo_figures(experience, found)
     total = max(sum(seconds.values()), 1e-9)
     found |= {f"time/{name}": round(value, 4) for name, value in seconds.items()}
     found["time/step"] = round(total, 4)
     found["tokens_per_s/generate"] = round(num_tokens / max(seconds["generate"], 1e-9), 1)
     found["samples_per_s"] = round(len(drawn) / total, 2)
     return found
+
+
+# TRL's names of what PPO logs, and ours.
+_OF_PPO = {
+    "policy/approxkl_avg": "approx_kl",
+    "policy/entropy_avg": "entropy",
+    "loss/policy_avg": "loss",
+    "loss/value_avg": "value_loss",
+    "val/clipfrac_avg": "value_clip_ratio",
+    "val/ratio": "ratio/mean",
+    "objective/scores": "reward",
+    "objective/kl": "kl",
+}
+
+
+def ppo_figures(experience: Experience, found: Mapping[str, float]) -> dict[str, float]:
+    """The same again by the names of TRL's PPO, and those that only it has."""
+    same = {name: found[own] for name, own in _OF_PPO.items() if own in found}
+    kl = found.get("kl_coef", 0.0) * found.get("kl", 0.0)
+    return {
+        **same,
+        "policy/clipfrac_avg": found.get("clip_ratio/region_mean", 0.0),
+        "objective/entropy": -_mean(experience.layout.sums(experience.old_logprobs)),
+        "objective/non_score_reward": -kl,
+        "objective/rlhf_reward": found["reward"] - kl,
+        "val/num_eos_tokens": float(sum(not r.is_truncated for r in experience.rollouts)),
+    }
 
 
 def reward_figures(experience: Experience) -> dict[str, float]:
@@ -48,8 +80,21 @@ def reward_figures(experience: Experience) -> dict[str, float]:
     return found
 
 
+def group_figures(experience: Experience) -> dict[str, float]:
+    """The share of groups that teach nothing; nothing is said of groups of one, which PPO has."""
+    groups = group_ids(experience.rollouts)
+    if not len(groups) or int(groups.bincount().max()) < 2:
+        return {}
+    share = share_without_spread(experience.rollouts, experience.scores)
+    return {"frac_reward_zero_std": share}
+
+
 def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths (tools' answers not counted), and the share that did not end by itself."""
+    """Lengths (tools' answers not counted), the share that did not end by itself, and how different
+    they are.
+
+    distinct_2 (arXiv 1510.03055): different pairs of neighbouring tokens over all such pairs.
+    """
     lengths = torch.tensor([float(rollout.mask.sum()) for rollout in drawn])
     truncated = torch.tensor([rollout.is_truncated for rollout in drawn], dtype=torch.bool)
     return {
@@ -57,6 +102,8 @@ def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
         **_spread(lengths[~truncated], "terminated_length"),
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
+        "completions/repetition": _mean(torch.tensor([_repetition(r) for r in drawn])),
+        "completions/distinct_2": _distinct_pairs(drawn),
         **tool_figures(drawn),
     }
 
@@ -77,6 +124,13 @@ def _spread(lengths: Tensor, what: str) -> dict[str, float]:
     }
 
 
+def _repetition(rollout: Rollout) -> float:
+    """The share of the policy's 4-grams that it has written before in this completion."""
+    written = rollout.completion[rollout.mask].tolist()
+    grams = list(zip(*(written[i:] for i in range(_GRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
     """Calls a completion, and the share of calls that gave an error; nothing without tools."""
     calls = sum(rollout.tool_calls for rollout in drawn)
@@ -84,6 +138,16 @@ def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
     if not calls:
         return {}
     return {"tools/call_frequency": calls / len(drawn), "tools/failure_frequency": errors / calls}
+
+
+def _distinct_pairs(drawn: Sequence[Rollout]) -> float:
+    """1 where there is no pair: nothing is said twice."""
+    lines = [rollout.completion.astype(np.int64) for rollout in drawn]
+    pairs = [(line[:-1] << 32) | line[1:] for line in lines if len(line) > 1]
+    if not pairs:
+        return 1.0
+    joined = np.concatenate(pairs)
+    return len(np.unique(joined)) / len(joined)
 
 
 def mismatch_figures(experience: Experience) -> dict[str, float]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sterna.align.config import PromptSection
 from sterna.align.promptrows import PromptFile, PromptSources
 from sterna.align.tasks.base import Part, PromptRow, Task
-from sterna.core.errors import DataError, RowError
+from sterna.core.errors import ConfigError, DataError, RowError
 from sterna.core.log import get_logger
 from sterna.text.chat import ChatRenderer
 from sterna.text.tokenizer import Tokenizer
@@ -38,6 +38,18 @@ def renders_chat(settings: PromptSection, tokenizer: Tokenizer) -> bool:
     """Whether text prompts go through the chat template."""
     has_template = tokenizer.chat_template is not None
     return settings.render == "chat" or (settings.render == "auto" and has_template)
+
+
+def that_fit(settings: PromptSection, context: int, max_tokens: int) -> PromptSection:
+    """The settings, dropping prompts that leave no room for `max_tokens` in the context."""
+    room = context - max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"rollout.max_tokens is {max_tokens:,}, and prompt and completion have {context:,} "
+            "tokens together (the model's context, or rollout.kv_tokens); lower it",
+            param="rollout.max_tokens",
+        )
+    return settings.model_copy(update={"max_tokens": min(settings.max_tokens, room)})
 
 
 class PromptStream:
@@ -85,7 +97,7 @@ class PromptStream:
     def _prompt(self, index: int) -> Prompt | None:
         """None for a malformed row that is skipped."""
         try:
-            return self._made(index, self._row(index))
+            return self.made(index, self._row(index))
         except RowError as error:
             if self._settings.on_bad_row == "fail":
                 raise
@@ -94,7 +106,8 @@ class PromptStream:
                 _log.warning("skipped: %s", error.message)
             return None
 
-    def _made(self, index: int, row: PromptRow) -> Prompt:
+    def made(self, index: int, row: PromptRow) -> Prompt:
+        """A row, rendered and tokenised. RowError for an empty one."""
         text, special = self._text(row)
         if isinstance(row.prompt, list) and row.prompt and isinstance(row.prompt[0], int):
             tokens = [int(token) for token in row.prompt]

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from sterna.align.rltrainer import RlTrainer
 
 _log = get_logger(__name__)
+SAMPLES = "samples.jsonl"
+METRICS = "metrics.jsonl"
 _EVERY_S = 10.0  # between lines where there is no terminal
 
 
-def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """One line, one write: a killed run leaves at most one torn line."""
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """One JSON line, one write: a killed run leaves at most one torn line."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         line = json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False)
@@ -47,7 +49,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
     """Drop what a killed run wrote after the checkpoint that is continued."""
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step and step]
@@ -58,33 +60,33 @@ class RlMetrics(RlHook):
     """Appends to metrics.jsonl of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
 
     def on_start(self, trainer: RlTrainer) -> None:
         """Each step is in the file once."""
-        _keep_until(self._path, trainer.counters.step)
+        keep_until(self._path, trainer.counters.step)
 
     def after_step(
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience
     ) -> None:
         """A line."""
-        _append(self._path, {"kind": "step", "step": step, **figures})
+        append_line(self._path, {"kind": "step", "step": step, **figures})
 
     def on_eval(self, trainer: RlTrainer, step: int, figures: Mapping[str, float]) -> None:
         """A line."""
-        _append(self._path, {"kind": "eval", "step": step, **figures})
+        append_line(self._path, {"kind": "eval", "step": step, **figures})
 
 
 class Samples(RlHook):
     """The first completions of every step, with what they were worth."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self._path = folder / "samples.jsonl"
+        self._path = folder / SAMPLES
         self._count = count
 
     def on_start(self, trainer: RlTrainer) -> None:
         """As for the figures."""
-        _keep_until(self._path, trainer.counters.step)
+        keep_until(self._path, trainer.counters.step)
 
     def after_step(
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience
@@ -104,7 +106,7 @@ class Samples(RlHook):
                 "policy_version": rollout.policy_version,
                 "truncated": rollout.is_truncated,
             }
-            _append(self._path, line)
+            append_line(self._path, line)
 
 
 class Dump(RlHook):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,32 @@ class FunctionReward:
         columns = {name: [sample.row.get(name) for sample in samples] for name in names}
         prompts = [sample.prompt for sample in samples]
         completions = [sample.completion for sample in samples]
-        pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        return _within(
+            self._timeout_s, self.name, lambda: self._function(prompts, completions, **columns)
+        )
+
+
+def _within(seconds: float, name: str, call: Callable[[], Sequence[float]]) -> Sequence[float]:
+    """What a call gives or raises. RewardError when it takes longer.
+
+    A daemon thread: an executor's would be waited for when the process ends, so a function that
+    hangs would hang the run that stopped because of it.
+    """
+    future: Future[Sequence[float]] = Future()
+
+    def run() -> None:
         try:
-            future = pool.submit(self._function, prompts, completions, **columns)
-            return future.result(timeout=self._timeout_s)
-        except FutureTimeout as error:
-            raise RewardError(f"{self.name} took more than its {self._timeout_s:g} s") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except FutureTimeout as error:
+        if future.done():  # the function's own TimeoutError
+            raise
+        raise RewardError(f"{name} took more than its {seconds:g} s") from error
 
 
 class HttpReward:
@@ -85,7 +105,7 @@ class HttpReward:
                 last: Exception = error
                 if error.code != 429 and error.code < 500:
                     break
-            except OSError as error:
+            except (OSError, HTTPException) as error:  # the latter: it went away while answering
                 last = error
             except (KeyError, TypeError, ValueError) as error:
                 raise RewardError(f'{self._url} answered no {{"rewards": [...]}}') from error

@@ -19,7 +19,7 @@ tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 
 
-def recipe(folder: Path, **sections: dict[str, Any]) -> RlRecipe:
+def recipe(folder: Path, **sections: Any) -> RlRecipe:
     """Three steps of 4 x 4 completions of up to 6 tokens in `folder`/run."""
     if not (folder / "model").exists():
         tiny.write_model(folder / "model")
@@ -29,11 +29,11 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> RlRecipe:
         "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 6},
         "algorithm": {"kind": "grpo"},
         "optim": {"lr": 1e-3},
-        "run": {"output": str(folder / "run"), "steps": 3, "threads": 1},
+        "run": {"output": str(folder / "run"), "steps": 3, "threads": 1, "report": False},
         "checkpoint": {"every": 1, "keep_last": 9, "is_async": False},
     }
     for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
+        values[name] = section if isinstance(section, list) else {**values.get(name, {}), **section}
     return RlRecipe.model_validate(values)
 
 

@@ -16,6 +16,7 @@ from sterna.align.replay import replay
 from sterna.align.rl import align_rl
 from sterna.align.rlhooks import RlHook
 from sterna.core.errors import ConfigError, NonFiniteError, RewardError, TrainError
+from sterna.core.rundir import FolderLock
 from sterna.kernels.load import load_kernels
 
 KINDS = {
@@ -28,7 +29,8 @@ KINDS = {
 
 
 def lines(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+    return [line for line in found if line.get("kind") != "alarm"]
 
 
 class Stop(RlHook):
@@ -94,6 +96,16 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, kind):
             assert one[name] == other[name] or name.startswith(timed), name
     first, second = (load_file(f / "run" / "model" / "model.safetensors") for f in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_has_one_run(tmp_path):
+    lock = FolderLock(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    assert lock.take()
+    with pytest.raises(ConfigError, match="another process is training into"):
+        align_rl(recipe(tmp_path), rewards=[Low()])
+    lock.release()
+    assert align_rl(recipe(tmp_path, run={"steps": 1}), rewards=[Low()]).outcome == "done"
 
 
 def test_a_changed_recipe_is_not_resumed(tmp_path):

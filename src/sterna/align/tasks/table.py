@@ -10,6 +10,7 @@ from sterna.align.tasks.base import Task
 from sterna.align.tasks.format import Format
 from sterna.align.tasks.gym import Gym
 from sterna.align.tasks.length import Length
+from sterna.align.tasks.positive import Positive
 from sterna.align.tasks.walks import Walks
 from sterna.core.errors import ConfigError
 from sterna.core.lookup import unknown
@@ -18,6 +19,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
     "format": Format,
     "length": Length,
+    "positive": Positive,
     "reasoning-gym": Gym,
     "walks": Walks,
 }

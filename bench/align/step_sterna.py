@@ -1,0 +1,112 @@
+"""Sterna's side of speed.py, a process of its own.
+
+    python step_sterna.py JOB.json -> one JSON line
+
+`steps` of GRPO with the phases of each step, or one call of the rollout engine (`generate`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sterna.align.build import build
+from sterna.align.config import RlRecipe
+from sterna.align.hybrid import Sampling
+from sterna.align.reward import Sample
+
+
+class Small:
+    """The share of token ids below a bound: a reward that costs nothing and varies."""
+
+    name = "small"
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """One a sample."""
+        return [float((s.rollout.completion < self._bound).mean()) for s in samples]
+
+
+def recipe(job: dict[str, Any], folder: Path) -> RlRecipe:
+    """The job as a recipe in `folder`."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": ids}) + "\n" for ids in job["prompts"]))
+    size = len(job["prompts"][0])
+    return RlRecipe.model_validate({
+        "model": {"path": job["model"], "dtype": job["dtype"]},
+        "prompts": {"path": str(prompts), "max_tokens": size},
+        "rollout": {
+            "prompts_per_step": len(job["prompts"]), "group_size": job["group"],
+            "max_tokens": job["new_tokens"], "ignore_eos": True,
+        },
+        "algorithm": {
+            "kind": job["algorithm"], "micro_tokens": job["micro_tokens"], "kl_coef": job["kl"],
+        },
+        "rewards": [{"kind": "function", "path": "given.py:small"}],  # build is given one
+        "optim": {"lr": job["lr"], "beta2": 0.999},
+        "run": {"output": str(folder / "run"), "steps": job["steps"], "threads": job["threads"],
+                "samples": 0},
+        "checkpoint": {"every": 0},
+    })  # fmt: skip
+
+
+def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Seconds of each step and its phases."""
+    found = []
+    with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
+        trainer.start()
+        while trainer.has_steps():
+            started = time.perf_counter()
+            prompts = trainer.next_prompts()
+            rollouts = trainer.generate(prompts)
+            rewards = trainer.reward(prompts, rollouts)
+            experience = trainer.make_experience(prompts, rollouts, rewards)
+            made = time.perf_counter() - started
+            trainer.learn(experience)
+            whole = time.perf_counter() - started
+            trainer.after_step(experience)
+            assert {len(r.completion) for r in rollouts} == {job["new_tokens"]}
+            found.append({
+                "experience": made, "step": whole, "generate": trainer.last["time/generate"],
+                "train": trainer.last["time/train"], "loss": trainer.last["loss"],
+                "grad_norm": trainer.last["grad_norm"], "reward": trainer.last["reward"],
+                "mismatch": trainer.last["sampling/sampling_logp_difference/max"],
+            })  # fmt: skip
+    return {"steps": found}
+
+
+def generate(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Seconds of `repeats` calls of the engine on the trainer's own weights."""
+    seconds = []
+    with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
+        sampling = Sampling(max_tokens=job["new_tokens"], ignore_eos=True)
+        hybrid = trainer.parts.hybrid
+        for turn in range(1 + job["repeats"]):
+            started = time.perf_counter()
+            seeds = [turn * 1000 + i for i in range(len(job["prompts"]))]
+            rollouts = hybrid.generate(job["prompts"], job["group"], sampling, seeds)
+            hybrid.sleep()
+            seconds.append(time.perf_counter() - started)
+            assert {len(r.completion) for r in rollouts} == {job["new_tokens"]}
+    return {"seconds": seconds[1:]}
+
+
+def main() -> int:
+    """Run the job."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        work = generate if job["what"] == "generate" else steps
+        result = work(job, Path(folder))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
