@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -139,7 +139,7 @@ class Speculator:
         if draft is not None and num_drafts:
             self._note_result(seq, draft, tokens, num_drafts)
         for drafter in list(self.drafters):
-            if isinstance(drafter, ReadsHidden) and self._hidden is not None:
+            if _reads_hidden(drafter) and self._hidden is not None:
                 states = self._hidden[row : row + len(tokens)]
                 self._guarded(drafter, drafter.observe, seq, states)
             self._guarded(drafter, drafter.extend, seq, tokens)
@@ -214,7 +214,7 @@ class Speculator:
         """0 for those that have more already than this drafter could give, all 0 in a pause."""
         if not self._asking.setdefault(drafter.name, Asking()).is_due():
             return [0] * len(seqs)
-        if not isinstance(drafter, ReadsHidden):
+        if not _reads_hidden(drafter):
             return limits
         most = drafter.num_drafts
         pairs = zip(seqs, limits, strict=True)
@@ -257,6 +257,11 @@ class Speculator:
         if count >= MAX_FAILURES and drafter in self.drafters:
             self.drafters.remove(drafter)
             log.error("drafter %s failed %d times and is off", drafter.name, count)
+
+
+def _reads_hidden(drafter: Drafter) -> TypeGuard[ReadsHidden]:
+    """isinstance of a protocol takes microseconds, and this is asked for every token."""
+    return hasattr(drafter, "observe")
 
 
 def _trimmed(seq: EngineSequence, draft: Draft, limit: int) -> Draft:
