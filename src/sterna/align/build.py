@@ -26,6 +26,7 @@ from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream, that_fit
 from sterna.align.ptx import make_ptx
+from sterna.align.ranks import NoReward, on_main, threads_of_rank
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
@@ -44,6 +45,7 @@ from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
+from sterna.parallel.mesh import Mesh
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
 from sterna.train import checkpoint
@@ -78,14 +80,17 @@ def build(
     rewards: Sequence[Reward] = (),
     hooks: Sequence[RlHook] = (),
     at: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> RlTrainer:
     """Everything `align_rl` needs, ready to start. Errors as `align_rl`.
 
     `at`: a checkpoint to go on from, not the newest; the run's folder is then left as it is.
+    `mesh`: the ranks, of which the first alone writes and rewards.
     """
+    mesh = mesh or Mesh.single(recipe.model.device)
     check_device(recipe.model.device)
-    set_threads(recipe.run.threads)
-    source = at or _source(recipe, resume)
+    set_threads(recipe.run.threads or threads_of_rank())
+    source = at or on_main(mesh, lambda: _source(recipe, resume))
     if source is not None:
         _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
@@ -95,7 +100,7 @@ def build(
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
     policy = load_policy(recipe, base, source, device)
-    if at is None:
+    if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
     asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
@@ -106,6 +111,7 @@ def build(
     ask = make_draw(recipe, hybrid, tokenizer, toolbox)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
+    judges = rewards if mesh.is_main else [NoReward()]
     return RlTrainer(
         RlParts(
             recipe=recipe,
@@ -118,12 +124,13 @@ def build(
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(asked, tokenizer, task, tools=told),
             eval_prompts=_eval_prompts(recipe, asked, tokenizer, task, told),
-            rewards=make_rewards(recipe, rewards, task, tokenizer, policy),
+            rewards=make_rewards(recipe, judges, task, tokenizer, policy),
             kl=_controller(recipe),
-            hooks=(*_builtin_hooks(recipe), *hooks),
+            hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
             source=source,
-        )
+        ),
+        mesh.is_main,
     )
 
 

@@ -87,9 +87,9 @@ class RolloutSection(Section):
     )
     weights: str = Field(
         default="policy",
-        description="policy = the trainer's own; merged = a copy with the adapter folded in; fp6, "
-        "int8, ... = a quantised copy. Copies are made anew after each step, their mismatch "
-        "corrected",
+        description="policy = the trainer's own; packed = a copy of the same bits that is read "
+        "faster; merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
+        "Copies are made anew after each step, the mismatch of the last two corrected",
     )
     speculation: bool = Field(
         default=False,

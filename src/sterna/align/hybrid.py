@@ -5,6 +5,8 @@ plain [N, K] parameters that the optimizer writes in place, with the bits they w
 ones. `publish` says that the weights have changed: a new policy version, and no cached prefix is
 found again. On a CPU a rollout's log-probs are therefore the trainer's, bit for bit.
 
+With `weights = "packed"` matrices are read from a copy in the kernels' layout, which `publish`
+packs anew in place: faster, the same bits (packed.py).
 With `weights = "fp6"` (or another format) rollouts run on a quantised copy, with "merged" on one
 with the adapter folded in; `publish` makes it anew in place. Its log-probs differ from the
 trainer's, and the loop corrects for that.
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sterna.align.packed import PackedCopy
 from sterna.align.rollout import Rollout
 from sterna.align.rollout_weights import RolloutCopy
 from sterna.align.siblings import DraftCount, SiblingDrafter
@@ -39,6 +42,7 @@ from sterna.quant.formats import WeightFormat, parse_format
 from sterna.text.tokenizer import Tokenizer
 
 POLICY = "policy"  # rollouts on the trainer's own weights
+PACKED = "packed"  # on a copy of the same bits in the kernels' layout
 MERGED = "merged"  # on a copy with the adapter folded in
 
 
@@ -76,15 +80,16 @@ class HybridEngine:
         weights: str = POLICY,
         speculation: bool = False,
     ) -> None:
-        """`weights`: "policy", "merged", or the format of a quantised copy. Errors as the engine's.
+        """`weights`: "policy", "packed", "merged", or the format of a quantised copy.
 
+        Errors as the engine's, and ConfigError for a copy that this policy cannot have.
         `speculation`: guess tokens ahead (siblings.py); tokens and log-probs stay the same.
         """
         self.version = 0
-        self._copy = None if weights == POLICY else RolloutCopy(policy, _form(weights))
-        served = policy if self._copy is None else self._copy.decoder
+        self._copy = _copy_of(policy, weights)
+        self._served = policy if self._copy is None else self._copy.decoder
         drafters = [SiblingDrafter()] if speculation else []
-        self._engine = Engine(served, tokenizer, config, drafters=drafters)
+        self._engine = Engine(self._served, tokenizer, config, drafters=drafters)
         self.drafts = DraftCount()
         self._engine.on_step.append(self.drafts.note)
         self._measure_steps()
@@ -104,8 +109,8 @@ class HybridEngine:
 
     @property
     def is_exact(self) -> bool:
-        """Whether rollouts read the trainer's own weights."""
-        return self._copy is None
+        """Whether rollouts read the trainer's own weights, or the same bits packed."""
+        return self._copy is None or isinstance(self._copy, PackedCopy)
 
     def publish(self) -> None:
         """The weights have changed: nothing computed with the old ones is used again.
@@ -213,6 +218,12 @@ class HybridEngine:
 
 def _form(weights: str) -> WeightFormat | None:
     return None if weights == MERGED else parse_format(weights)
+
+
+def _copy_of(policy: Decoder, weights: str) -> PackedCopy | RolloutCopy | None:
+    if weights == POLICY:
+        return None
+    return PackedCopy(policy) if weights == PACKED else RolloutCopy(policy, _form(weights))
 
 
 def _params(sampling: Sampling, group_size: int, seed: int) -> SamplingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from sterna.align.experience import Experience, Models, make_experience, share_w
 from sterna.align.figures import draft_figures, step_figures
 from sterna.align.hybrid import Sampling
 from sterna.align.kl import KLController
-from sterna.align.learner import Learner
+from sterna.align.learner import Learns
 from sterna.align.prompts import Prompt, PromptStream
 from sterna.align.reward import Rewards, RewardSum, Sample
 from sterna.align.rlhooks import RlHook
@@ -53,7 +53,7 @@ class RlParts:
     draw: Draw  # a step's completions
     ask: Draw  # those of evals and shown answers: the policy's own
     models: Models
-    learner: Learner
+    learner: Learns
     ema: Ema | None
     prompts: PromptStream
     eval_prompts: PromptStream | None
@@ -79,17 +79,20 @@ class _Step:
 class RlTrainer:
     """One run. Hooks may read everything; `evaluate` and `save` are theirs to call."""
 
-    def __init__(self, parts: RlParts) -> None:
+    def __init__(self, parts: RlParts, is_main: bool = True) -> None:
+        """`is_main`: this process writes the run's folder."""
         self.parts = parts
         self.recipe = parts.recipe
         self.counters = RlCounters()
         self.outcome: RlOutcome | None = None
         self.last: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self.tell_end: Callable[[RlResult], object] = lambda result: None  # to other ranks
         self._step = _Step()
         self._saved_step = -1
         self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
+        self._is_main = is_main
         self._lock = FolderLock(output)
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
@@ -290,7 +293,7 @@ class RlTrainer:
             publish_beside(self.parts, latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
-        return RlResult(
+        result = RlResult(
             outcome=self.outcome or "done",
             steps=self.counters.step,
             reward=self.last.get("reward"),
@@ -299,6 +302,8 @@ class RlTrainer:
             model=output / "model",
             checkpoint=latest,
         )
+        self.tell_end(result)
+        return result
 
     def _draw_now(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
         self.parts.hybrid.prepare()
@@ -389,7 +394,7 @@ class RlTrainer:
 
     def __enter__(self) -> RlTrainer:
         """Keep the run's folder to this run. ConfigError while another process writes there."""
-        if not self._lock.take():
+        if self._is_main and not self._lock.take():
             output = self.recipe.run.output
             self.__exit__(None, None, None)
             raise ConfigError(
