@@ -11,6 +11,7 @@ from typing import Any
 from experiment import Experiment
 from probe import FILE
 
+from sterna.align.auditor import audit
 from sterna.core.machine import fingerprint
 from sterna.core.rundir import write_atomic
 from sterna.train.metrics import read_metrics
@@ -57,7 +58,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             if steps and figure in steps[0]
         },
         "measured": list(read_metrics(folder / FILE)),
-        "alarms": [line for line in lines if line["kind"] == "alarm"],
+        "alarms": [[a.step, a.kind, dict(a.figures)] for a in audit(lines)],
         "facts": _facts(folder),
     }
 
