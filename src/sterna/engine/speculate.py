@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
@@ -139,9 +139,10 @@ class Speculator:
         if draft is not None and num_drafts:
             self._note_result(seq, draft, tokens, num_drafts)
         for drafter in list(self.drafters):
-            if _reads_hidden(drafter) and self._hidden is not None:
+            reader = _reader(drafter)
+            if reader is not None and self._hidden is not None:
                 states = self._hidden[row : row + len(tokens)]
-                self._guarded(drafter, drafter.observe, seq, states)
+                self._guarded(drafter, reader.observe, seq, states)
             self._guarded(drafter, drafter.extend, seq, tokens)
 
     def finish(self, seq: EngineSequence) -> None:
@@ -214,9 +215,10 @@ class Speculator:
         """0 for those that have more already than this drafter could give, all 0 in a pause."""
         if not self._asking.setdefault(drafter.name, Asking()).is_due():
             return [0] * len(seqs)
-        if not _reads_hidden(drafter):
+        reader = _reader(drafter)
+        if reader is None:
             return limits
-        most = drafter.num_drafts
+        most = reader.num_drafts
         pairs = zip(seqs, limits, strict=True)
         return [0 if scores.get(seq, 0.0) >= most else limit for seq, limit in pairs]
 
@@ -259,9 +261,9 @@ class Speculator:
             log.error("drafter %s failed %d times and is off", drafter.name, count)
 
 
-def _reads_hidden(drafter: Drafter) -> TypeGuard[ReadsHidden]:
+def _reader(drafter: Drafter) -> ReadsHidden | None:
     """isinstance of a protocol takes microseconds, and this is asked for every token."""
-    return hasattr(drafter, "observe")
+    return cast(ReadsHidden, drafter) if hasattr(drafter, "observe") else None
 
 
 def _trimmed(seq: EngineSequence, draft: Draft, limit: int) -> Draft:
