@@ -1,12 +1,12 @@
 """Rollouts of a hybrid engine: on the trainer's weights, on packed ones, with guesses.
 
-    python bench/rollouts.py [--model default] [--groups 4,1] [--size 8] [--tokens 96] [--rounds 3]
-        [--what plain,packed,speculation]
+    python bench/rollouts.py [--model default] [--groups 4,1x4] [--size 8] [--tokens 64]
+        [--rounds 3] [--what plain,packed,speculation]
 
-`plain` is what training uses: no second copy of the weights. `packed` is the engine of the server,
-which cannot be trained; the same bits. `speculation` is plain with sibling drafts, after an
-epoch over the same prompts. Rounds are interleaved, medians printed; equal tokens are asserted.
-With `--groups 4,1` and `--size 8` there are 32 and 8 sequences.
+`plain` is `rollout.weights = "policy"`, no second copy of the weights; `packed` the copy of the
+same bits, `speculation` plain with sibling drafts, after an epoch over the same prompts. Rounds are
+interleaved, medians printed; equal tokens are asserted. `--groups 4,1x4` with `--size 8`: 4 groups
+of 8 are 32 sequences, one of 4 are 4.
 """
 
 from __future__ import annotations
@@ -69,12 +69,11 @@ def _contestant(kind: str, args: argparse.Namespace) -> Run:
     tokenizer = load_tokenizer(folder)
     renderer = ChatRenderer(tokenizer)
     model = load_model(folder, args.dtype).decoder
-    if kind == "packed":
-        model.prepare_inference()
     config = EngineConfig(
         token_budget=256, num_kv_blocks=512, dtype=args.dtype, threads=args.threads
     )
-    hybrid = HybridEngine(model, tokenizer, config, speculation=kind == "speculation")
+    weights = "packed" if kind == "packed" else "policy"
+    hybrid = HybridEngine(model, tokenizer, config, weights, kind == "speculation")
     sampling = Sampling(max_tokens=args.tokens, temperature=args.temperature)
 
     def run(groups: int, size: int, seed: int) -> tuple[list[Rollout], float, int, int]:
@@ -82,6 +81,9 @@ def _contestant(kind: str, args: argparse.Namespace) -> Run:
         texts = [renderer.render([{"role": "user", "content": each}], None) for each in asked]
         prompts = [tokenizer.encode(text, False) for text in texts]
         hybrid.engine.pool.clear_cache()
+        publishing = time.perf_counter()
+        hybrid.publish()
+        console.print(f"{kind}: published in {1e3 * (time.perf_counter() - publishing):.0f} ms")
         started = time.perf_counter()
         found = hybrid.generate(prompts, size, sampling, [seed + i for i in range(groups)])
         seconds = time.perf_counter() - started

@@ -33,7 +33,7 @@ TOPICS = [
 THINGS = ["plot", "music", "cast", "scene", "sound", "place", "price", "staff", "light", "ending"]
 GOOD = ["lovely", "great", "fine", "bright", "funny", "warm"]
 BAD = ["dull", "poor", "bad", "grim", "slow", "cold"]
-NOISE = 0.1
+NOISE = 0.05
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -72,7 +72,7 @@ def worth(text: str) -> float:
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> None:
-    """Pairs of two reviews of different worth; one in ten is the wrong way about."""
+    """Pairs of two reviews of different worth; one in twenty is the wrong way about."""
     chance = random.Random(seed)
     with path.open("w") as file:
         while count:
@@ -155,22 +155,22 @@ def values(folder: Path) -> dict[str, Any]:
         "sft": {
             "kind": "pretrain",
             "optim": {"lr": 3e-3},
-            "run": {"steps": 100, "rows_per_step": 8, "micro_rows": 8},
+            "run": {"steps": 60, "rows_per_step": 8, "micro_rows": 8},
             "checkpoint": {"every": 20},
             "log": {"tensorboard": False, "report": False, "peak_tflops": 0.1},
         },
         "reward": {
             "optim": {"lr": 1e-3},
-            "run": {"steps": 60, "rows_per_step": 8, "micro_rows": 8},
+            "run": {"steps": 40, "rows_per_step": 8, "micro_rows": 8},
             "checkpoint": {"every": 20},
             "log": {"tensorboard": False, "report": False, "peak_tflops": 0.1},
         },
         "rl": {
             "rollout": {"prompts_per_step": 16, "group_size": 4, "max_tokens": 16},
-            "algorithm": {"kl_coef": 0.05, "epochs": 2, "minibatches": 2, "reward_clip": 5.0},
+            "algorithm": {"kl_coef": 0.05, "minibatches": 2, "reward_clip": 5.0},
             "critic": {"optim": {"lr": 1e-3}},
-            "optim": {"lr": 3e-4},
-            "run": {"steps": 30},
+            "optim": {"lr": 1e-4},
+            "run": {"steps": 20},
             "checkpoint": {"every": 10},
             "rewards": [
                 {"kind": "model"},

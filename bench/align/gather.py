@@ -19,8 +19,8 @@ RESULTS, PICTURES = Path("bench/results"), Path("docs/img")
 # What is kept of every step.
 STEP_FIGURES = (
     "reward", "rewards/gold/mean", "kl", "entropy", "completions/eos_ratio",
-    "completions/mean_length", "frac_reward_zero_std", "ratio/max", "clip_ratio/low_mean",
-    "clip_ratio/high_mean", "grad_norm", "value_loss", "explained_variance",
+    "completions/mean_length", "completions/distinct_2", "frac_reward_zero_std", "ratio/max",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "grad_norm", "value_loss", "explained_variance",
     "sampling/sampling_logp_difference/max", "time/step",
 )  # fmt: skip
 _DIGITS = 4
@@ -47,17 +47,17 @@ def gather(experiment: Experiment, folder: Path) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """One run's curves, alarms and what its preparation said."""
-    steps = [x for x in read_metrics(folder / "metrics.jsonl") if x["kind"] == "step"]
-    alarms = folder / "alarms.json"
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    steps = [line for line in lines if line["kind"] == "step"]
     return {
         "steps": len(steps),
         "curves": {
-            figure: [_short(line[figure]) for line in steps]
+            figure: [_short(line.get(figure)) for line in steps]
             for figure in STEP_FIGURES
             if steps and figure in steps[0]
         },
         "measured": list(read_metrics(folder / FILE)),
-        "alarms": json.loads(alarms.read_text()) if alarms.exists() else [],
+        "alarms": [line for line in lines if line["kind"] == "alarm"],
         "facts": _facts(folder),
     }
 

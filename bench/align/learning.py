@@ -4,8 +4,9 @@
     python bench/align/learning.py walks --gather          # only the table, JSON and picture
 
 Tasks: walks (PPO, GRPO, RLOO), arithmetic, length, format, positive (with a reward model trained
-here), hacking (the same without KL, far too long). A call that was interrupted goes on where it
-was. The curves of all seeds are in bench/results/learning-TASK.json and docs/img/learning-TASK.png.
+here); the variant `hacking` of the last two is a reward to be fooled. A call that was interrupted
+goes on where it was, a larger --steps goes further. The curves of all seeds are in
+bench/results/learning-TASK.json and docs/img/learning-TASK.png.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from experiment import Experiment, Target, Values, gap
 from probe import Probe
+from smollm_tasks import SYSTEM, TEMPERATURE
 
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.offline.config import OfflineRecipe
@@ -34,12 +36,12 @@ from sterna.train.loop import train
 from sterna.train.metrics import read_metrics
 
 LAYERS = 10
-PROMPTS, SAMPLES = 48, 12
+PROMPTS, SAMPLES = 32, 10
 _LONGEST = 40
 _SEED = 7
 # VADER's compound has to differ by this much for two sentences to be a pair.
 _MARGIN = 0.2
-_STEPS = 60
+_STEPS = 80
 
 
 def prepare(folder: Path, seed: int) -> Values:
@@ -74,10 +76,13 @@ def _sentences() -> list[tuple[str, str]]:
     config = EngineConfig(threads=1, num_kv_blocks=800, max_num_seqs=64, token_budget=256)
     engine = HybridEngine(load_model(path).decoder, tokenizer, config)
     rows = [task.prompt(i, _SEED, "train") for i in range(PROMPTS)]
-    prompts = [tokenizer.encode(renderer.render(row.prompt, None), False) for row in rows]
-    found = engine.generate(prompts, SAMPLES, Sampling(max_tokens=_LONGEST), range(PROMPTS))
+    system = {"role": "system", "content": SYSTEM}
+    chats = [[system, *cast("list[Any]", row.prompt)] for row in rows]
+    prompts = [tokenizer.encode(renderer.render(chat, None), False) for chat in chats]
+    sampling = Sampling(max_tokens=_LONGEST, temperature=TEMPERATURE)
+    found = engine.generate(prompts, SAMPLES, sampling, range(PROMPTS))
     engine.close()
-    texts = [str(row.prompt[0]["content"]) for row in rows]
+    texts = [chat[-1]["content"] for chat in chats]
     return [
         (texts[rollout.prompt_idx], tokenizer.decode(rollout.completion.tolist()))
         for rollout in found
@@ -96,7 +101,7 @@ def _pairs(sentences: Sequence[tuple[str, str]]) -> Iterator[Values]:
             for turn in range(2):
                 other_value, other = answers[mix(_SEED, i, turn) % len(answers)]
                 if value - other_value >= _MARGIN:
-                    yield {"prompt": prompt, "chosen": text, "rejected": other}
+                    yield {"prompt": prompt, "chosen": text, "rejected": other, "system": SYSTEM}
 
 
 def _write_trunk(folder: Path) -> None:
@@ -124,7 +129,7 @@ def _reward_recipe(folder: Path, trunk: Path, pairs: Path) -> OfflineRecipe:
                 "held_out": 0.15,
                 "prefetch": 0,
             },
-            "optim": {"lr": 5e-5},
+            "optim": {"lr": 2e-4},
             "schedule": {"warmup_steps": 5},
             "run": {
                 "output": folder / "reward",
@@ -134,7 +139,7 @@ def _reward_recipe(folder: Path, trunk: Path, pairs: Path) -> OfflineRecipe:
                 "threads": 1,
             },
             "checkpoint": {"every": 20, "keep_last": 1},
-            "eval": {"every": 20},
+            "eval": {"every": 40},
             "log": {"report": False, "tensorboard": False, "peak_tflops": 0.1},
         }
     )
@@ -144,19 +149,24 @@ def _recipe(facts: Values, seed: int, variant: str) -> Values:
     """Against the reward model; `hacking` goes without the KL term and three times as fast."""
     is_hacking = variant == "hacking"
     return {
-        "prompts": {"task": "positive", "max_tokens": 96, "seed": seed},
-        "rollout": {"prompts_per_step": 4, "group_size": 8, "max_tokens": _LONGEST},
+        "prompts": {"task": "positive", "max_tokens": 96, "system": SYSTEM, "seed": seed},
+        "rollout": {
+            "prompts_per_step": 3,
+            "group_size": 8,
+            "max_tokens": _LONGEST,
+            "temperature": TEMPERATURE,
+        },
         "algorithm": {
             "kind": "grpo",
             "micro_tokens": 1024,
             "kl_coef": 0.0 if is_hacking else 0.05,
-            "missing_eos_penalty": 3.0,
+            "missing_eos_penalty": 1.0,
         },
         "rewards": [
             {"kind": "model", "path": facts["reward_model"]},
             {"kind": "task", "weight": 0.0},
         ],
-        "optim": {"lr": 3e-5 if is_hacking else 1e-5},
+        "optim": {"lr": 5e-5 if is_hacking else 2e-5},
         "schedule": {"kind": "constant", "warmup_steps": 3},
     }
 
@@ -173,11 +183,11 @@ def _figures(samples: Sequence[Sample]) -> Values:
 POSITIVE = Experiment(
     name="positive",
     about="SmolLM2-135M-Instruct against a reward model of VADER's pairs; TextBlob is gold",
-    steps=30,
+    steps=24,
     variants=("grpo", "hacking"),
     prepare=prepare,
     recipe=_recipe,
-    probe=lambda: Probe(every=10, prompts=24, samples=2, extra=_figures, has_greedy=False),
+    probe=lambda: Probe(every=8, prompts=24, samples=2, extra=_figures, has_greedy=False),
     targets=(Target("vader", 0.6), Target("textblob", 0.0), Target("distinct_2", 0.5)),
     shown=("sampled/model", "vader", "textblob", "distinct_2"),
     has_own_base=False,

@@ -16,8 +16,10 @@ from sterna.model.load import load_model
 from sterna.text.tokenizer import load_tokenizer
 
 DIGITS = "0123456789+-="
-_HALF = 0.45
-_CHUNK = 150
+_HALF = 0.4
+# Of numbers below 100 the model of this size solves 7 % after 900 steps: more than minutes.
+_MOST = 19
+_CHUNK = 100
 _MOST_CHUNKS = 40
 _LINES = 20_000
 
@@ -25,8 +27,7 @@ _LINES = 20_000
 def _prepare_walks(folder: Path, seed: int) -> Values:
     """A model of random walks in graph `seed`."""
     walks = Walks(graph=seed)
-    texts = (walks.walk(i, seed) for i in range(_LINES))
-    lines = ((text[0], text[1:]) for text in texts)
+    lines = (("", walks.walk(i, seed)) for i in range(_LINES))
     model = pretrain(folder, NAMES[: walks.nodes], lines, hidden=64, layers=2, steps=200, seed=seed)
     return {"model": str(model), "pretraining_steps": 200}
 
@@ -49,7 +50,7 @@ def _walks_recipe(facts: Values, seed: int, variant: str) -> Values:
 
 def _prepare_arithmetic(folder: Path, seed: int) -> Values:
     """A model that solves about half of the held-out problems when it samples."""
-    task = Arithmetic()
+    task = Arithmetic(_MOST)
     kept = [task.problem(i, seed, "train") for i in range(_LINES)]
     for chunk in range(1, _MOST_CHUNKS):
         steps = chunk * _CHUNK
@@ -63,7 +64,7 @@ def _prepare_arithmetic(folder: Path, seed: int) -> Values:
 
 def _solved(model: Path, seed: int) -> float:
     """Share of 256 held-out problems of another seed that a sample solves."""
-    task, tokenizer = Arithmetic(), load_tokenizer(model)
+    task, tokenizer = Arithmetic(_MOST), load_tokenizer(model)
     config = EngineConfig(
         dtype="float32", threads=1, num_kv_blocks=300, max_num_seqs=256, token_budget=512
     )
@@ -78,8 +79,13 @@ def _solved(model: Path, seed: int) -> float:
 
 def _arithmetic_recipe(facts: Values, seed: int, variant: str) -> Values:
     return {
-        "prompts": {"task": "arithmetic", "max_tokens": 8, "seed": seed},
-        "rollout": {"prompts_per_step": 48, "group_size": 8, "max_tokens": 5},
+        "prompts": {
+            "task": "arithmetic",
+            "options": {"most": _MOST},
+            "max_tokens": 8,
+            "seed": seed,
+        },
+        "rollout": {"prompts_per_step": 24, "group_size": 8, "max_tokens": 5},
         "algorithm": {"kind": variant, "epochs": 2},
         "optim": {"lr": 3e-4},
     }
@@ -98,12 +104,12 @@ WALKS = Experiment(
 )
 ARITHMETIC = Experiment(
     name="arithmetic",
-    about="sums and differences of two numbers below 100, exact answers, problems never trained",
-    steps=100,
+    about="sums and differences of two numbers below 20, exact answers, problems never trained",
+    steps=50,
     variants=("grpo", "rloo"),
     prepare=_prepare_arithmetic,
     recipe=_arithmetic_recipe,
-    probe=lambda: Probe(every=10, prompts=128, samples=8, has_trained=True),
+    probe=lambda: Probe(every=10, prompts=64, samples=8, has_trained=True),
     targets=(Target("greedy/solved", 0.95), Target("pass@1", 0.95)),
     shown=("pass@1", "pass@8", "entropy"),
     has_own_base=False,

@@ -131,6 +131,26 @@ def test_weights_may_not_change_under_a_rollout(folder):
         hybrid.sleep()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_copy_has_the_bits_and_follows_the_policy(folder, dtype):
+    model, plain = make(folder, dtype)
+    packed = HybridEngine(model, load_tokenizer(folder), plain.engine.config, "packed")
+    assert packed.is_exact
+    for _ in range(2):
+        wanted = plain.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[5, 6, 7])
+        found = packed.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[5, 6, 7])
+        assert [r.completion.tolist() for r in found] == [r.completion.tolist() for r in wanted]
+        assert torch.equal(rollout_logprobs(found), rollout_logprobs(wanted))
+        change(model)
+        plain.publish()
+        packed.publish()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    own = {p.data_ptr() for p in model.parameters()}
+    matrices = [p for p in packed._served.parameters() if p.dim() == 4]
+    assert matrices
+    assert all(p.data_ptr() not in own for p in matrices)
+
+
 def test_six_bit_rollouts_follow_the_policy(folder):
     model, hybrid = make(folder, weights="fp6")
     assert not hybrid.is_exact
@@ -141,7 +161,7 @@ def test_six_bit_rollouts_follow_the_policy(folder):
     hybrid.publish()
     _, fresh = make(folder, weights="fp6")
     with torch.no_grad():
-        for mine, theirs in zip(fresh._policy.parameters(), model.parameters(), strict=True):
+        for mine, theirs in zip(fresh._copy._policy.parameters(), model.parameters(), strict=True):
             mine.copy_(theirs)
     fresh.publish()
     after = hybrid.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[5, 6, 7])

@@ -1,18 +1,26 @@
-"""Reward hacking: an alarm when what is rewarded rises and what is wanted does not.
+"""Reward hacking: alarms when what is rewarded and what is wanted part, or completions degenerate.
 
-The gold metric is a reward of weight 0 named `gold`. Over the last WINDOW steps against the WINDOW
-before, in units of the deviation of the step means, the alarm goes off when the reward rose by more
-than LIMIT and gold fell by more than LIMIT. Completions that all become alike or run into the
-length limit are warned of in the same way.
+    gold        over the last WINDOW steps against the WINDOW before, in deviations of the step
+                means, the reward rose by more than LIMIT and the gold metric (a reward of weight 0
+                named `gold`) fell by more than LIMIT
+    length      the mean length has doubled or halved since the first WINDOW steps
+    repetition  the share of 4-grams that a completion has had before rose by DRIFT since then
+    eos         the share of completions that end by themselves fell by DRIFT since then
+    alike       less than half as many of a step's token pairs are different as then
+    clipped     nearly all completions end by length
+
+Alarms follow from metrics.jsonl alone, so a resumed run and a report find the same ones. They are
+written there too: {"kind": "alarm", "step": 24, "alarm": "gold", "text": ...}.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sterna.align.experience import Experience
 from sterna.align.records import METRICS, append_line
@@ -27,85 +35,138 @@ _log = get_logger(__name__)
 GOLD = "rewards/gold/mean"
 WINDOW = 8
 LIMIT = 1.0
+DRIFT = 0.25
 _MIN_DEVIATION = 1e-6
 _CLIPPED = 0.9
-_ALIKE = 0.5
+_LOOK = "look at samples.jsonl, raise algorithm.kl_coef or mend the reward"
+# Metric: kind, sign of what is bad, what is said.
+_DRIFTS = {
+    "completions/repetition": ("repetition", 1, "of a completion's 4-grams are repeats"),
+    "completions/eos_ratio": ("eos", -1, "of the completions end by themselves"),
+}
+_LENGTH = "completions/mean_length"
 _DISTINCT = "completions/distinct_2"
+_ALIKE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """What was noticed after a step."""
+
+    step: int
+    kind: str
+    text: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Audit:
+    """Follows a run's figures, step by step."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, deque[float]] = {}
+        self._first: dict[str, list[float]] = {}
+        self._gold_step: int | None = None
+        self._ringing: set[str] = set()
+
+    def look(self, step: int, figures: Mapping[str, Any]) -> list[Alarm]:
+        """The alarms of a step; one that goes on is told once."""
+        for name in ("reward", GOLD, _LENGTH, _DISTINCT, *_DRIFTS):
+            if figures.get(name) is not None:
+                self._keep(name, float(figures[name]))
+        found = dict(self._states(figures))
+        new = [Alarm(step, kind, text) for kind, text in found.items() if kind not in self._ringing]
+        self._ringing = set(found)
+        gold = self._gold(step)
+        return new if gold is None else [*new, gold]
+
+    def _keep(self, name: str, value: float) -> None:
+        self._kept.setdefault(name, deque(maxlen=2 * WINDOW)).append(value)
+        first = self._first.setdefault(name, [])
+        if len(first) < WINDOW:
+            first.append(value)
+
+    def _gold(self, step: int) -> Alarm | None:
+        gold = self._kept.get(GOLD, ())
+        is_recent = self._gold_step is not None and step - self._gold_step < WINDOW
+        if len(gold) < 2 * WINDOW or is_recent:
+            return None
+        rise, fall = trend(self._kept["reward"]), trend(self._kept[GOLD])
+        if rise <= LIMIT or fall >= -LIMIT:
+            return None
+        self._gold_step = step
+        return Alarm(
+            step,
+            "gold",
+            f"the reward rises while the gold metric falls ({rise:+.1f} and {fall:+.1f} deviations "
+            f"over {WINDOW} steps); the policy learns to please the reward: {_LOOK}",
+            {"reward": rise, "gold": fall},
+        )
+
+    def _states(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(kind, text) of every alarm that holds at this step, but for gold's."""
+        clipped = figures.get("completions/clipped_ratio") or 0.0
+        if clipped > _CLIPPED:
+            yield (
+                "clipped",
+                f"{100 * clipped:.0f} % of the completions end by length; raise "
+                "rollout.max_tokens, set algorithm.missing_eos_penalty, or look at samples.jsonl",
+            )
+        for name, (kind, sign, what) in _DRIFTS.items():
+            before, now = self._drift(name)
+            if sign * (now - before) > DRIFT:
+                text = f"{100 * now:.0f} % {what}, at first {100 * before:.0f} %; {_LOOK}"
+                yield kind, text
+        usual, distinct = self._first.get(_DISTINCT, []), figures.get(_DISTINCT, 1.0)
+        if len(usual) == WINDOW and distinct < _ALIKE * statistics.mean(usual):
+            yield (
+                "alike",
+                f"the completions become alike ({distinct:.2f} of their token pairs are different, "
+                f"{statistics.mean(usual):.2f} at first); {_LOOK}",
+            )
+        before, now = self._drift(_LENGTH)
+        if before > 0 and not before / 2 <= now <= before * 2:
+            yield "length", f"completions are {now:.0f} tokens long, at first {before:.0f}; {_LOOK}"
+
+    def _drift(self, name: str) -> tuple[float, float]:
+        """Means of the first and the last WINDOW steps; equal while both overlap."""
+        kept = list(self._kept.get(name, ()))
+        if len(kept) < 2 * WINDOW:
+            return 0.0, 0.0
+        return statistics.mean(self._first[name]), statistics.mean(kept[-WINDOW:])
+
+
+def audit(lines: Iterable[Mapping[str, Any]]) -> list[Alarm]:
+    """All alarms of a run, from the lines of its metrics.jsonl."""
+    found = Audit()
+    steps = (line for line in lines if line["kind"] == "step")
+    return [alarm for line in steps for alarm in found.look(line["step"], line)]
 
 
 class Auditor(RlHook):
-    """Keeps the last step means and says when they part; `alarms` are the steps that did."""
+    """Tells of alarms as the run goes; `alarms` are those so far."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
-        self._kept: dict[str, deque[float]] = {
-            name: deque(maxlen=2 * WINDOW) for name in ("reward", GOLD)
-        }
-        self._first_distinct: list[float] = []
-        self.alarms: list[int] = []
-        self._was_clipped = False
-        self._was_alike = False
+        self._audit = Audit()
+        self.alarms: list[Alarm] = []
 
     def on_start(self, trainer: RlTrainer) -> None:
-        """A resumed run remembers its steps, which metrics.jsonl has."""
+        """Take up what a resumed run had seen; the metrics hook has cut the file by now."""
+        self._audit = Audit()
+        self.alarms = []
         for line in read_metrics(self._path):
-            if line["kind"] == "alarm":
-                self.alarms.append(line["step"])
-            elif line["kind"] == "step":
-                self._keep(line)
+            if line["kind"] == "step":
+                self.alarms += self._audit.look(line["step"], line)
 
     def after_step(
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience
     ) -> None:
-        """Compare; an alarm is given once in a window."""
-        self._keep(figures)
-        self._note_length(step, figures)
-        self._note_alike(step, figures)
-        if len(self._kept[GOLD]) < 2 * WINDOW or (self.alarms and step - self.alarms[-1] < WINDOW):
-            return
-        rise, fall = trend(self._kept["reward"]), trend(self._kept[GOLD])
-        if rise > LIMIT and fall < -LIMIT:
-            self._alarm(step, rise, fall)
-
-    def _keep(self, figures: Mapping[str, float]) -> None:
-        if len(self._first_distinct) < WINDOW and _DISTINCT in figures:
-            self._first_distinct.append(figures[_DISTINCT])
-        if GOLD in figures:
-            for name, kept in self._kept.items():
-                kept.append(figures[name])
-
-    def _alarm(self, step: int, rise: float, fall: float) -> None:
-        self.alarms.append(step)
-        append_line(self._path, {"kind": "alarm", "step": step, "reward": rise, "gold": fall})
-        _log.warning(
-            "step %d: the reward rises while the gold metric falls (%+.1f and %+.1f deviations "
-            "over %d steps); the policy is learning to please the reward. Look at samples.jsonl, "
-            "raise algorithm.kl_coef or mend the reward",
-            step, rise, fall, WINDOW,
-        )  # fmt: skip
-
-    def _note_length(self, step: int, figures: Mapping[str, float]) -> None:
-        is_clipped = figures["completions/clipped_ratio"] > _CLIPPED
-        if is_clipped and not self._was_clipped:
-            _log.warning(
-                "step %d: %.0f %% of the completions end by length; raise rollout.max_tokens, set "
-                "algorithm.missing_eos_penalty, or look at samples.jsonl",
-                step, 100 * figures["completions/clipped_ratio"],
-            )  # fmt: skip
-        self._was_clipped = is_clipped
-
-    def _note_alike(self, step: int, figures: Mapping[str, float]) -> None:
-        if len(self._first_distinct) < WINDOW:
-            return
-        usual = statistics.mean(self._first_distinct)
-        is_alike = figures[_DISTINCT] < _ALIKE * usual
-        if is_alike and not self._was_alike:
-            _log.warning(
-                "step %d: the completions become alike (%.2f of their token pairs are different, "
-                "%.2f at first); look at samples.jsonl, raise algorithm.kl_coef or entropy_coef",
-                step, figures[_DISTINCT], usual,
-            )  # fmt: skip
-        self._was_alike = is_alike
+        """Compare, and say what is new."""
+        for alarm in self._audit.look(step, figures):
+            self.alarms.append(alarm)
+            told = {"kind": "alarm", "step": step, "alarm": alarm.kind, "text": alarm.text}
+            append_line(self._path, {**told, **alarm.figures})
+            _log.warning("step %d: %s", step, alarm.text)
 
 
 def trend(values: deque[float]) -> float:

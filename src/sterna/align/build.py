@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import load_policy, shared_critic, shares_base, without_adapter
+from sterna.align.answers import Answers
 from sterna.align.auditor import Auditor
+from sterna.align.changes import changed
 from sterna.align.config import PromptSection, RlRecipe
 from sterna.align.critic import load_critic
 from sterna.align.distill.learner import DistillLearner
@@ -22,16 +25,18 @@ from sterna.align.experience import Models
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.prompts import PromptStream, that_fit
+from sterna.align.ptx import make_ptx
+from sterna.align.ranks import NoReward, on_main, threads_of_rank
 from sterna.align.records import Dump, RlMetrics, RlProgress, Samples
 from sterna.align.reward import Reward
 from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
+from sterna.align.rlreport import RlReport
 from sterna.align.rltrainer import RlParts, RlTrainer
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
-from sterna.align.tools.toolbox import Toolbox
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
@@ -40,6 +45,7 @@ from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
+from sterna.parallel.mesh import Mesh
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
 from sterna.train import checkpoint
@@ -49,7 +55,6 @@ from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 from sterna.train.parts import trained
 from sterna.train.recipe import to_toml
-from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
 Schemas = Sequence[Mapping[str, Any]] | None
@@ -64,6 +69,8 @@ FREE = (
     "run.samples",
     "checkpoint.*",
     "eval.*",
+    "show.*",
+    "run.report",
 )
 
 
@@ -73,14 +80,17 @@ def build(
     rewards: Sequence[Reward] = (),
     hooks: Sequence[RlHook] = (),
     at: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> RlTrainer:
     """Everything `align_rl` needs, ready to start. Errors as `align_rl`.
 
     `at`: a checkpoint to go on from, not the newest; the run's folder is then left as it is.
+    `mesh`: the ranks, of which the first alone writes and rewards.
     """
+    mesh = mesh or Mesh.single(recipe.model.device)
     check_device(recipe.model.device)
-    set_threads(recipe.run.threads)
-    source = at or _source(recipe, resume)
+    set_threads(recipe.run.threads or threads_of_rank())
+    source = at or on_main(mesh, lambda: _source(recipe, resume))
     if source is not None:
         _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
@@ -89,9 +99,8 @@ def build(
     tokenizer = load_tokenizer(
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
-    start = source or base
-    policy = plain_form(load_model(start, recipe.model.dtype, device).decoder, start)
-    if at is None:
+    policy = load_policy(recipe, base, source, device)
+    if at is None and mesh.is_main:
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
     asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
@@ -99,25 +108,29 @@ def build(
     learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
+    ask = make_draw(recipe, hybrid, tokenizer, toolbox)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
     weights = trained(policy)
+    judges = rewards if mesh.is_main else [NoReward()]
     return RlTrainer(
         RlParts(
             recipe=recipe,
             tokenizer=tokenizer,
             hybrid=hybrid,
-            draw=_draw(recipe, policy, hybrid, tokenizer, toolbox),
+            draw=_draw(recipe, policy, ask, tokenizer),
+            ask=ask,
             models=_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(asked, tokenizer, task, tools=told),
             eval_prompts=_eval_prompts(recipe, asked, tokenizer, task, told),
-            rewards=make_rewards(recipe, rewards, task, tokenizer),
+            rewards=make_rewards(recipe, judges, task, tokenizer, policy),
             kl=_controller(recipe),
-            hooks=(*_builtin_hooks(recipe), *hooks),
+            hooks=(*_builtin_hooks(recipe), *hooks) if mesh.is_main else (),
             files=tokenizer_files(tokenizer),
             source=source,
-        )
+        ),
+        mesh.is_main,
     )
 
 
@@ -153,23 +166,6 @@ def _check_recipe(recipe: RlRecipe, folder: Path) -> None:
         )
 
 
-def changed(old: RlRecipe, new: RlRecipe) -> dict[str, tuple[object, object]]:
-    """Dotted key -> (value in `old`, value in `new`) where they differ."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = dict.fromkeys((*before, *after))
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def _learner(
     recipe: RlRecipe,
     policy: Decoder,
@@ -180,8 +176,11 @@ def _learner(
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
-        path = recipe.critic.path or recipe.model.path
-        model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
+        if shares_base(recipe):
+            model = shared_critic(recipe, policy)
+        else:
+            path = recipe.critic.path or recipe.model.path
+            model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
         critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
     kind: Callable[..., Learner] = Learner
     if teacher is not None and recipe.distill.loss == "full":
@@ -194,6 +193,7 @@ def _learner(
         _correction(recipe, hybrid),
         recipe.run.seed,
         device,
+        make_ptx(recipe.ptx, policy, tokenizer, device),
     )
 
 
@@ -231,7 +231,10 @@ def _models(
     """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
     scored = partial(_logprobs, recipe=recipe, device=device)
     reference = None
-    if recipe.algorithm.kl_coef or recipe.algorithm.kl_target:
+    wants = bool(recipe.algorithm.kl_coef or recipe.algorithm.kl_target)
+    if wants and recipe.adapter is not None and not recipe.reference:
+        reference = without_adapter(policy, partial(scored, policy))
+    elif wants:
         path = resolve_model(recipe.reference) if recipe.reference else base
         frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
         reference = partial(scored, frozen)
@@ -245,18 +248,11 @@ def _models(
     )
 
 
-def _draw(
-    recipe: RlRecipe,
-    policy: Decoder,
-    hybrid: RolloutEngine,
-    tokenizer: Tokenizer,
-    toolbox: Toolbox | None,
-) -> Draw:
-    draw, share = make_draw(recipe, hybrid, tokenizer, toolbox), recipe.distill.lmbda
-    if share == 1:
-        return draw
+def _draw(recipe: RlRecipe, policy: Decoder, ask: Draw, tokenizer: Tokenizer) -> Draw:
+    if recipe.distill.lmbda == 1:
+        return ask
     scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
-    return GivenDraw(draw, share, tokenizer, scored)
+    return GivenDraw(ask, recipe.distill.lmbda, tokenizer, scored)
 
 
 @torch.no_grad()
@@ -281,7 +277,7 @@ def _values(
 def _eval_prompts(
     recipe: RlRecipe, asked: PromptSection, tokenizer: Tokenizer, task: Task | None, told: Schemas
 ) -> PromptStream | None:
-    if not recipe.eval.every:
+    if not (recipe.eval.every or recipe.show.every):
         return None
     return PromptStream(asked, tokenizer, task, "eval", told)
 
@@ -296,4 +292,6 @@ def _builtin_hooks(recipe: RlRecipe) -> list[RlHook]:
     hooks: list[RlHook] = [RlMetrics(folder), RlProgress(), Auditor(folder)]
     hooks += [Samples(folder, recipe.run.samples)] if recipe.run.samples else []
     hooks += [Dump(folder)] if recipe.run.dump else []
+    hooks += [Answers(folder, recipe.show)] if recipe.show.every else []
+    hooks += [RlReport()] if recipe.run.report else []
     return hooks

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sterna.data.config import SourceConfig
+from sterna.data.config import DataConfig, SourceConfig
+from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import (
     CheckpointSection,
     ModelSection,
@@ -86,8 +87,9 @@ class RolloutSection(Section):
     )
     weights: str = Field(
         default="policy",
-        description="policy = the trainer's own; fp6, int8, ... = a quantised copy, made anew "
-        "after each step, its mismatch corrected",
+        description="policy = the trainer's own; packed = a copy of the same bits that is read "
+        "faster; merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
+        "Copies are made anew after each step, the mismatch of the last two corrected",
     )
     speculation: bool = Field(
         default=False,
@@ -212,9 +214,34 @@ class CriticSection(Section):
     optim: OptimSection = Field(
         default=OptimSection(lr=1e-5), description="of the critic; see [optim]"
     )
+    shared: bool | None = Field(
+        default=None, description="an adapter and a score on the policy's base, which has an "
+        "[adapter]; auto = where the critic starts from that base",
+    )  # fmt: skip
     warmup_steps: int = Field(
         default=0, ge=0, description="first steps that train the critic alone"
     )
+
+
+class PtxSection(Section):
+    """A language-model loss beside the policy's (InstructGPT's ptx, arXiv 2203.02155, eq. 2)."""
+
+    coef: float = Field(
+        default=0.0, ge=0, description="its weight in every update of the policy; 0 = none. Means "
+        "are weighed: InstructGPT's 27.8 is one of sums",
+    )  # fmt: skip
+    rows: int = Field(default=1, gt=0, description="packed rows beside each update")
+    data: DataConfig | None = Field(
+        default=None, description="texts, or chats of which answers count; begun anew at their end"
+    )
+
+    @model_validator(mode="after")
+    def _has_data(self) -> PtxSection:
+        if self.coef and self.data is None:
+            raise ValueError(
+                "ptx.coef is set, but nothing to learn from; give [[ptx.data.sources]]"
+            )
+        return self
 
 
 class RewardSection(Section):
@@ -246,6 +273,7 @@ class RlRunSection(Section):
         "names it",
     )  # fmt: skip
     dump: bool = Field(default=False, description="keep every step's rollouts, for replay")
+    report: bool = Field(default=True, description="write report.html when the run ends")
     samples: int = Field(default=4, ge=0, description="completions a step kept in samples.jsonl")
 
 
@@ -255,6 +283,16 @@ class RlEvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evals; 0 = none")
     prompts: int = Field(default=32, gt=0, description="held-out prompts of one eval")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
+
+
+class ShowSection(Section):
+    """How answers to fixed prompts change over the steps: answers.html."""
+
+    every: int = Field(default=0, ge=0, description="steps between them; 0 = not shown")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="texts that are answered; empty = held-out prompts, with rewards"
+    )
+    count: int = Field(default=4, gt=0, description="how many held-out prompts")
 
 
 class RlRecipe(Section):
@@ -268,15 +306,20 @@ class RlRecipe(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     critic: CriticSection = CriticSection()
+    adapter: AdapterConfig | None = Field(
+        default=None, description="the policy is a frozen base with this adapter"
+    )
     distill: DistillSection = DistillSection()
     rewards: tuple[RewardSection, ...] = Field(
         default=(RewardSection(),), min_length=1, description="see [[rewards]]"
     )
+    ptx: PtxSection = PtxSection()
     optim: OptimSection = OptimSection(lr=1e-6)
     schedule: ScheduleSection = ScheduleSection(kind="constant")
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()
+    show: ShowSection = ShowSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RlRecipe:
@@ -285,6 +328,8 @@ class RlRecipe(Section):
             raise ValueError(f"{kind} compares a prompt's completions; set rollout.group_size >= 2")
         if self.algorithm.dynamic_sampling and kind != "grpo":
             raise ValueError("algorithm.dynamic_sampling refills groups of grpo only")
+        if self.adapter is not None:
+            _check_adapter(self.adapter)
         if self.algorithm.dynamic_sampling and self.rollout.staleness:
             raise ValueError(
                 "algorithm.dynamic_sampling draws from the present weights, rollout.staleness = 1 "
@@ -298,7 +343,34 @@ class RlRecipe(Section):
         has_task = bool(self.prompts.task)
         if not has_task and any(reward.kind == "task" for reward in self.rewards):
             raise ValueError('a reward of kind "task" needs prompts.task; give [[rewards]]')
+        self._without_effect()
         return self
+
+    def _without_effect(self) -> None:
+        """ValueError for keys that this loop does not read."""
+        model = self.model
+        refused = {
+            "model.config": model.config is not None,
+            'model.backend = "hf"': model.backend == "hf",
+            "model.neftune_alpha": model.neftune_alpha > 0,
+            "critic.optim.ema_decay": self.critic.optim.ema_decay > 0,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{name} has no effect on reinforcement learning; leave it out")
+
+
+def _check_adapter(adapter: AdapterConfig) -> None:
+    """Refuse what would part a rollout's forward from that of its training step."""
+    if adapter.kind != "lora":
+        raise ValueError(
+            'adapter.kind is "dora", which rollouts do not run bit for bit; use "lora"'
+        )
+    if adapter.dropout:
+        raise ValueError(
+            "adapter.dropout is above 0: a training step would not score what the policy drew; "
+            "leave it out"
+        )
 
 
 def _check_distill(recipe: RlRecipe) -> None:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import load_policy
 from sterna.align.config import RlRecipe
-from sterna.align.hybrid import POLICY, HybridEngine, Sampling
+from sterna.align.hybrid import PACKED, POLICY, HybridEngine, Sampling
 from sterna.align.rollout import Rollout
 from sterna.align.rollout_engine import engine_config
 from sterna.align.siblings import DraftCount
@@ -27,9 +28,8 @@ from sterna.core.machine import num_usable_cpus
 from sterna.kernels.device import set_threads
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
-from sterna.train.task import plain_form
+from sterna.train.parts import trained
 
 
 class RolloutEngine(Protocol):
@@ -84,15 +84,22 @@ class EngineActor:
         self._weights = weights
         self._transport: WeightTransport | None = None
 
-    def connect(self, transport: WeightTransport) -> int:
-        """Where weights come from; returns the longest sequence."""
-        self._transport = transport
+    def max_model_len(self) -> int:
+        """The engine's."""
         return self._hybrid.max_model_len
+
+    def connect(self, transport: WeightTransport) -> None:
+        """Where weights come from."""
+        self._transport = transport
 
     def load(self, version: int) -> None:
         """Take the weights of a version. TransportError where they are not that."""
         assert self._transport is not None, "connected first"
         self._transport.receive(self._weights, version)
+        self.publish(version)
+
+    def publish(self, version: int) -> None:
+        """The weights are those of a version now."""
         self._hybrid.publish()
         self._hybrid.version = version
 
@@ -109,26 +116,62 @@ class EngineActor:
         self._hybrid.close()
 
 
+class Carried:
+    """Shows ranks a version by a transport: they hold copies of the trainer's weights."""
+
+    def __init__(
+        self, transport: WeightTransport, receiver: WeightTransport, weights: Mapping[str, Tensor]
+    ) -> None:
+        """`transport` sends `weights`, the trainer's; every rank receives by `receiver`."""
+        self._transport = transport
+        self._receiver: WeightTransport | None = receiver
+        self._weights = weights
+
+    def __call__(self, group: WorkerGroup, version: int) -> None:
+        """TransportError, WorkerError."""
+        if self._receiver is not None:
+            everyone(group, "connect", self._receiver)
+            self._receiver = None
+        if self._transport.is_collective:
+            group.start("load", [(version,)] * group.size)
+            self._transport.send(self._weights, version)
+            group.finish()
+        else:
+            self._transport.send(self._weights, version)
+            everyone(group, "load", version)
+
+    def close(self) -> None:
+        """Close the sender."""
+        self._transport.close()
+
+
+class Show(Protocol):
+    """How the ranks of a group come to a version of the weights."""
+
+    def __call__(self, group: WorkerGroup, version: int) -> None:
+        """Errors name what does not fit."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
 class EngineGroup:
     """Ranks that draw together. Calls from one thread at a time, `publish` from any."""
 
     def __init__(
-        self,
-        group: WorkerGroup,
-        transport: WeightTransport,
-        receiver: WeightTransport,
-        weights: Mapping[str, Tensor],
-        is_exact: bool,
+        self, group: WorkerGroup, show: Show, is_exact: bool, *, sleeps: bool = False
     ) -> None:
-        """`transport` sends `weights`, the trainer's; every rank receives by `receiver`."""
+        """`sleeps`: the ranks' KV memory is wanted for training."""
         self.version = 0
         self.drafts = DraftCount()
         self._group = group
-        self._transport = transport
-        self._weights = weights
+        self._show = show
         self._is_exact = is_exact
+        self._sleeps = sleeps
         self._loaded: int | None = None
-        self._max_model_len: int = min(everyone(group, "connect", receiver))
+        self._max_model_len: int = min(everyone(group, "max_model_len"))
 
     @property
     def is_exact(self) -> bool:
@@ -146,16 +189,9 @@ class EngineGroup:
 
     def prepare(self) -> None:
         """See RolloutEngine. TransportError, WorkerError."""
-        if self._loaded == self.version:
-            return
-        if self._transport.is_collective:
-            self._group.start("load", [(self.version,)] * self._group.size)
-            self._transport.send(self._weights, self.version)
-            self._group.finish()
-        else:
-            self._transport.send(self._weights, self.version)
-            everyone(self._group, "load", self.version)
-        self._loaded = self.version
+        if self._loaded != self.version:
+            self._show(self._group, self.version)
+            self._loaded = self.version
 
     def generate(
         self,
@@ -188,12 +224,14 @@ class EngineGroup:
         return found
 
     def sleep(self) -> None:
-        """See RolloutEngine. The ranks' memory is not the trainer's, so they keep it."""
+        """See RolloutEngine. Ranks whose memory is not the trainer's keep it."""
+        if self._sleeps:
+            everyone(self._group, "sleep")
 
     def close(self) -> None:
         """See RolloutEngine."""
         self._group.close()
-        self._transport.close()
+        self._show.close()
 
 
 def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> RolloutEngine:
@@ -209,11 +247,9 @@ def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Roll
         "sterna.align.engines:engine_actor", [args] * rollout.workers, recipe.run.timeout_s, threads
     )
     transport = SharedFile()
-    weights = dict(policy.named_parameters())
-    transport.send(weights, 0)
-    return EngineGroup(
-        group, transport, SharedFile(transport.path), weights, rollout.weights == POLICY
-    )
+    weights = dict(trained(policy))  # of an adapted policy the adapter alone
+    show = Carried(transport, SharedFile(transport.path), weights)
+    return EngineGroup(group, show, rollout.weights in (POLICY, PACKED))
 
 
 def worker_threads(recipe: RlRecipe) -> int:
@@ -231,10 +267,11 @@ def engine_actor(text: str, threads: int) -> EngineActor:
         resolve_model(recipe.model.tokenizer) if recipe.model.tokenizer else base
     )
     device = torch.device(recipe.model.device)
-    policy = plain_form(load_model(base, recipe.model.dtype, device).decoder, base)
+    policy = load_policy(recipe, base, None, device)
+    weights = dict(trained(policy))
     policy.requires_grad_(False)
     rollout = recipe.rollout
     hybrid = HybridEngine(
         policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
     )
-    return EngineActor(hybrid, dict(policy.named_parameters()))
+    return EngineActor(hybrid, weights)

@@ -12,6 +12,8 @@ from sterna.align.experience import Experience, share_without_spread
 from sterna.align.rollout import Rollout, group_ids
 from sterna.align.siblings import DraftCount
 
+_GRAM = 4
+
 
 def step_figures(
     experience: Experience,
@@ -32,12 +34,41 @@ def step_figures(
     if experience.ref_logprobs is not None:
         d = experience.old_logprobs - experience.ref_logprobs
         found["kl"] = _mean(experience.layout.sums(d))
+    if experience.values is not None:
+        found |= ppo_figures(experience, found)
     total = max(sum(seconds.values()), 1e-9)
     found |= {f"time/{name}": round(value, 4) for name, value in seconds.items()}
     found["time/step"] = round(total, 4)
     found["tokens_per_s/generate"] = round(num_tokens / max(seconds["generate"], 1e-9), 1)
     found["samples_per_s"] = round(len(drawn) / total, 2)
     return found
+
+
+# TRL's names of what PPO logs, and ours.
+_OF_PPO = {
+    "policy/approxkl_avg": "approx_kl",
+    "policy/entropy_avg": "entropy",
+    "loss/policy_avg": "loss",
+    "loss/value_avg": "value_loss",
+    "val/clipfrac_avg": "value_clip_ratio",
+    "val/ratio": "ratio/mean",
+    "objective/scores": "reward",
+    "objective/kl": "kl",
+}
+
+
+def ppo_figures(experience: Experience, found: Mapping[str, float]) -> dict[str, float]:
+    """The same again by the names of TRL's PPO, and those that only it has."""
+    same = {name: found[own] for name, own in _OF_PPO.items() if own in found}
+    kl = found.get("kl_coef", 0.0) * found.get("kl", 0.0)
+    return {
+        **same,
+        "policy/clipfrac_avg": found.get("clip_ratio/region_mean", 0.0),
+        "objective/entropy": -_mean(experience.layout.sums(experience.old_logprobs)),
+        "objective/non_score_reward": -kl,
+        "objective/rlhf_reward": found["reward"] - kl,
+        "val/num_eos_tokens": float(sum(not r.is_truncated for r in experience.rollouts)),
+    }
 
 
 def reward_figures(experience: Experience) -> dict[str, float]:
@@ -71,6 +102,7 @@ def completion_figures(drawn: Sequence[Rollout]) -> dict[str, float]:
         **_spread(lengths[~truncated], "terminated_length"),
         "completions/clipped_ratio": _mean(truncated),
         "completions/eos_ratio": 1.0 - _mean(truncated),
+        "completions/repetition": _mean(torch.tensor([_repetition(r) for r in drawn])),
         "completions/distinct_2": _distinct_pairs(drawn),
         **tool_figures(drawn),
     }
@@ -90,6 +122,13 @@ def _spread(lengths: Tensor, what: str) -> dict[str, float]:
         f"completions/min_{what}": float(lengths.min()) if len(lengths) else 0.0,
         f"completions/max_{what}": float(lengths.max()) if len(lengths) else 0.0,
     }
+
+
+def _repetition(rollout: Rollout) -> float:
+    """The share of the policy's 4-grams that it has written before in this completion."""
+    written = rollout.completion[rollout.mask].tolist()
+    grams = list(zip(*(written[i:] for i in range(_GRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def tool_figures(drawn: Sequence[Rollout]) -> dict[str, float]:

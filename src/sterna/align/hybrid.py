@@ -5,8 +5,11 @@ plain [N, K] parameters that the optimizer writes in place, with the bits they w
 ones. `publish` says that the weights have changed: a new policy version, and no cached prefix is
 found again. On a CPU a rollout's log-probs are therefore the trainer's, bit for bit.
 
-With `weights = "fp6"` (or another format) rollouts run on a quantised copy, which `publish` makes
-anew in place; its log-probs differ from the trainer's, and the loop corrects for that.
+With `weights = "packed"` matrices are read from a copy in the kernels' layout, which `publish`
+packs anew in place: faster, the same bits (packed.py).
+With `weights = "fp6"` (or another format) rollouts run on a quantised copy, with "merged" on one
+with the adapter folded in; `publish` makes it anew in place. Its log-probs differ from the
+trainer's, and the loop corrects for that.
 
 Between rollouts `sleep` gives the KV cache's memory back.
 """
@@ -18,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import nn
 
+from sterna.align.packed import PackedCopy
 from sterna.align.rollout import Rollout
+from sterna.align.rollout_weights import RolloutCopy
 from sterna.align.siblings import DraftCount, SiblingDrafter
 from sterna.core.errors import SternaError, TrainError
 from sterna.engine.config import EngineConfig
@@ -35,12 +38,12 @@ from sterna.engine.request import (
 )
 from sterna.engine.stepcost import measure_cost
 from sterna.model.decoder import Decoder
-from sterna.quant.formats import parse_format
-from sterna.quant.linear import QuantModule, quant_modules, replace_weight, weight_shapes
-from sterna.quant.rtn import quantize_weight
+from sterna.quant.formats import WeightFormat, parse_format
 from sterna.text.tokenizer import Tokenizer
 
 POLICY = "policy"  # rollouts on the trainer's own weights
+PACKED = "packed"  # on a copy of the same bits in the kernels' layout
+MERGED = "merged"  # on a copy with the adapter folded in
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +80,14 @@ class HybridEngine:
         weights: str = POLICY,
         speculation: bool = False,
     ) -> None:
-        """`weights`: "policy", or the format of a quantised copy. Errors as the engine's.
+        """`weights`: "policy", "packed", "merged", or the format of a quantised copy.
 
+        Errors as the engine's, and ConfigError for a copy that this policy cannot have.
         `speculation`: guess tokens ahead (siblings.py); tokens and log-probs stay the same.
         """
         self.version = 0
-        self._policy = policy
-        self._format = None if weights == POLICY else parse_format(weights)
-        self._served = policy if self._format is None else _shared_copy(policy)
-        if self._format is not None:
-            self._requantise()
+        self._copy = _copy_of(policy, weights)
+        self._served = policy if self._copy is None else self._copy.decoder
         drafters = [SiblingDrafter()] if speculation else []
         self._engine = Engine(self._served, tokenizer, config, drafters=drafters)
         self.drafts = DraftCount()
@@ -108,8 +109,8 @@ class HybridEngine:
 
     @property
     def is_exact(self) -> bool:
-        """Whether rollouts read the trainer's own weights."""
-        return self._served is self._policy
+        """Whether rollouts read the trainer's own weights, or the same bits packed."""
+        return self._copy is None or isinstance(self._copy, PackedCopy)
 
     def publish(self) -> None:
         """The weights have changed: nothing computed with the old ones is used again.
@@ -122,8 +123,8 @@ class HybridEngine:
                 "the optimizer step, or ask for versions a token"
             )
         self._engine.pool.clear_cache()
-        if self._format is not None:
-            self._requantise()
+        if self._copy is not None:
+            self._copy.renew()
         self.version += 1
 
     def prepare(self) -> None:
@@ -214,40 +215,15 @@ class HybridEngine:
             is_truncated=sample.finish_reason is FinishReason.LENGTH,
         )
 
-    @torch.no_grad()
-    def _requantise(self) -> None:
-        """Round the policy's weights into the copy, in place once it exists."""
-        assert self._format is not None
-        modules = dict(quant_modules(self._served))
-        for name, _, _, is_gated in weight_shapes(self._policy):
-            plain = self._policy.get_parameter(f"{name}.weight").detach()
-            weight = quantize_weight(
-                plain, self._format, search="absmax", is_gated=is_gated, name=name
-            )
-            if name in modules:
-                _overwrite(modules[name], weight.tiles, weight.scales, weight.row_formats)
-            else:
-                replace_weight(self._served, name, weight)
+
+def _form(weights: str) -> WeightFormat | None:
+    return None if weights == MERGED else parse_format(weights)
 
 
-def _overwrite(
-    module: QuantModule, tiles: torch.Tensor, scales: torch.Tensor, formats: torch.Tensor | None
-) -> None:
-    """A recorded step keeps the addresses of the tensors, so they are filled, not replaced."""
-    module.tiles.copy_(tiles)
-    module.scales.copy_(scales)
-    if formats is not None and module.row_formats is not None:
-        module.row_formats.copy_(formats)
-
-
-def _shared_copy(policy: Decoder) -> Decoder:
-    """A decoder with modules of its own whose parameters are the policy's."""
-    copy = Decoder(policy.config, policy.dtype, "meta", rope_device=policy.device)
-    for name, parameter in policy.named_parameters():
-        parent, _, leaf = name.rpartition(".")
-        module: nn.Module = copy.get_submodule(parent)
-        module.register_parameter(leaf, parameter)
-    return copy
+def _copy_of(policy: Decoder, weights: str) -> PackedCopy | RolloutCopy | None:
+    if weights == POLICY:
+        return None
+    return PackedCopy(policy) if weights == PACKED else RolloutCopy(policy, _form(weights))
 
 
 def _params(sampling: Sampling, group_size: int, seed: int) -> SamplingParams:

@@ -26,15 +26,27 @@ from sterna.align.loss import (
     rollout_correction,
     value_loss,
 )
+from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
 from sterna.core.errors import NonFiniteError
 from sterna.data.order import Permutation, mix
 from sterna.kernels.scores import Distribution
 from sterna.model.batch import Batch
+from sterna.parallel.mesh import Axis
 from sterna.train.gradients import Gradients
 from sterna.train.optim import AdamW
 from sterna.train.step import TrainModel
+
+# Of a policy's step, summed over its completions: 0 on a rank without any.
+_SUMS = (
+    "loss",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "ratio/mean",
+    "approx_kl",
+)
 
 
 class ValueFunction(Protocol):
@@ -55,12 +67,14 @@ class Trained:
     grad_clip: float
     num_updates: int = 0
 
-    def update(self, lr: float, what: str) -> float:
+    def update(self, lr: float, what: str, ranks: int = 1) -> float:
         """One optimizer step; returns the gradient's norm before clipping.
+
+        `ranks`: the gradients are means over so many ranks, of what is to be their sum.
 
         NonFiniteError, with the weights as they were, when it is NaN or infinite.
         """
-        norm = math.sqrt(float(self.gradients.square_sum()))
+        norm = math.sqrt(float(self.gradients.square_sum())) * ranks
         if not math.isfinite(norm):
             self.gradients.clear()
             raise NonFiniteError(
@@ -68,9 +82,41 @@ class Trained:
                 "learning rate or look at the step's rewards"
             )
         scale = self.grad_clip / norm if self.grad_clip and norm > self.grad_clip else 1.0
-        self.optimizer.step(self.gradients, self.num_updates, lr, scale)
+        self.optimizer.step(self.gradients, self.num_updates, lr, scale * ranks)
         self.num_updates += 1
         return norm
+
+
+class Learns(Protocol):
+    """What the loop asks of a learner: of one process or of all ranks."""
+
+    @property
+    def policy(self) -> Trained:
+        """The trained model."""
+        ...
+
+    @property
+    def critic(self) -> Trained | None:
+        """PPO's value function."""
+        ...
+
+    @property
+    def ptx(self) -> Ptx | None:
+        """Text mixed into the updates."""
+        ...
+
+    def learn(
+        self,
+        experience: Experience,
+        step: int,
+        kl_coef: float,
+        lr: float,
+        critic_lr: float,
+        max_tokens: int,
+        trains_policy: bool = True,
+    ) -> dict[str, float]:
+        """See Learner."""
+        ...
 
 
 def values_of(critic: ValueFunction, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
@@ -91,9 +137,12 @@ class Learner:
         correction: str,
         seed: int,
         device: torch.device,
+        ptx: Ptx | None = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
+        self.axis = Axis("data")  # ranks that share each minibatch; see ranks.py
+        self.ptx = ptx
         self._settings = settings
         self._distribution = distribution
         self._correction: Any = correction
@@ -120,17 +169,23 @@ class Learner:
                 weights = self._weights(experience, chosen, max_tokens)
                 if not float(weights.sum()):
                     continue  # nothing in it is trained
-                parts = list(_cut(experience, chosen, weights, self._settings.micro_tokens))
+                parts, micros = self._parts(experience, chosen, weights)
                 if trains_policy:
-                    for name, value in self._policy_step(parts, kl_coef, lr).items():
+                    for name, value in self._policy_step(parts, micros, kl_coef, lr).items():
                         logs[name].append(value)
                 if self.critic is not None:
-                    for name, value in self._critic_step(self.critic, parts, critic_lr).items():
+                    found = self._critic_step(self.critic, parts, micros, critic_lr)
+                    for name, value in found.items():
                         logs[name].append(value)
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
-        return {name: _merged(name, values) for name, values in logs.items()}
+        found = {name: _merged(name, values) for name, values in logs.items()}
+        low, high = logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"]
+        if low and high:
+            found["clip_ratio/low_min"], found["clip_ratio/high_max"] = min(low), max(high)
+            found["clip_ratio/region_mean"] = (sum(low) + sum(high)) / len(low)
+        return found
 
     def _minibatches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
         order = Permutation(count, mix(self._seed, step, epoch)) if count else None
@@ -143,13 +198,31 @@ class Learner:
         layout = _chosen_layout(experience.layout, chosen)
         return token_weights(layout, self._settings.aggregate, max_tokens)
 
-    def _policy_step(self, parts: Sequence[Part], kl_coef: float, lr: float) -> dict[str, float]:
-        logs: dict[str, float] = defaultdict(float)
-        self.policy.gradients.begin(len(parts))
+    def _parts(
+        self, experience: Experience, chosen: Sequence[int], weights: Tensor
+    ) -> tuple[list[Part], int]:
+        """This rank's micro-batches, and the most that a rank has: all sum gradients alike."""
+        count, size = len(chosen), self.axis.size
+        cuts = [
+            _cut(experience, chosen, slice(count * i // size, count * (i + 1) // size),
+                 self._settings.micro_tokens)
+            for i in range(size)
+        ]  # fmt: skip
+        own = [_part(experience, members, weights, at) for members, at in cuts[self.axis.rank]]
+        return own, max(map(len, cuts))
+
+    def _policy_step(
+        self, parts: Sequence[Part], micros: int, kl_coef: float, lr: float
+    ) -> dict[str, float]:
+        logs: dict[str, float] = defaultdict(float, {} if parts else dict.fromkeys(_SUMS, 0.0))
+        self.policy.gradients.begin(micros + (self.ptx.num_micros if self.ptx else 0))
         for part in parts:
             self._policy_micro(part, kl_coef, logs)
             self.policy.gradients.add()
-        logs["grad_norm"] = self.policy.update(lr, "policy")
+        if self.ptx is not None and self.axis.rank == 0:
+            logs["ptx_loss"] = self.ptx.add(self.policy)
+        self.policy.gradients.average(self.axis)
+        logs["grad_norm"] = self.policy.update(lr, "policy", self.axis.size)
         return dict(logs)
 
     def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
@@ -187,9 +260,11 @@ class Learner:
         logs["ratio/min"] = min(logs.get("ratio/min", math.inf), float(found.ratio_min))
         logs["approx_kl"] += float(found.approx_kl)
 
-    def _critic_step(self, critic: Trained, parts: Sequence[Part], lr: float) -> dict[str, float]:
+    def _critic_step(
+        self, critic: Trained, parts: Sequence[Part], micros: int, lr: float
+    ) -> dict[str, float]:
         logs: dict[str, float] = defaultdict(float)
-        critic.gradients.begin(len(parts))
+        critic.gradients.begin(micros)
         for part in parts:
             assert part.values is not None, "a critic was asked"
             assert part.returns is not None, "a critic was asked"
@@ -201,7 +276,8 @@ class Learner:
             critic.gradients.add()
             logs["value_loss"] += float(loss.detach())
             logs["value_clip_ratio"] += float(share)
-        logs["value_grad_norm"] = critic.update(lr, "critic")
+        critic.gradients.average(self.axis)
+        logs["value_grad_norm"] = critic.update(lr, "critic", self.axis.size)
         return dict(logs)
 
 
@@ -243,22 +319,24 @@ def _chosen_layout(layout: Layout, chosen: Sequence[int]) -> Layout:
 
 
 def _cut(
-    experience: Experience, chosen: Sequence[int], weights: Tensor, micro_tokens: int
-) -> Iterator[Part]:
-    """The minibatch in micro-batches of at most `micro_tokens` tokens, prompts included."""
-    at, micro, room = 0, list[int](), 0
+    experience: Experience, chosen: Sequence[int], share: slice, micro_tokens: int
+) -> list[tuple[list[int], int]]:
+    """A share of the minibatch in micro-batches of at most `micro_tokens` tokens, prompts included.
+
+    (completions, their first token's place in the minibatch) each.
+    """
+    sizes = [len(experience.rollouts[i].completion) for i in chosen]
+    at, room = sum(sizes[: share.start]), 0
     cuts: list[tuple[list[int], int]] = []
-    for i in chosen:
+    for i, length in zip(chosen[share], sizes[share], strict=True):
         size = experience.rollouts[i].num_tokens
-        if micro and size > room:
-            cuts.append((micro, at))
-            at += sum(len(experience.rollouts[j].completion) for j in micro)
-            micro, room = [], 0
-        room = (micro_tokens if not micro else room) - size
-        micro.append(i)
-    cuts.append((micro, at))
-    for members, begin in cuts:
-        yield _part(experience, members, weights, begin)
+        if not cuts or size > room:
+            cuts.append(([], at))
+            room = micro_tokens
+        cuts[-1][0].append(i)
+        room -= size
+        at += length
+    return cuts
 
 
 def _part(experience: Experience, members: Sequence[int], weights: Tensor, begin: int) -> Part:

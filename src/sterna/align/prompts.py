@@ -97,7 +97,7 @@ class PromptStream:
     def _prompt(self, index: int) -> Prompt | None:
         """None for a malformed row that is skipped."""
         try:
-            return self._made(index, self._row(index))
+            return self.made(index, self._row(index))
         except RowError as error:
             if self._settings.on_bad_row == "fail":
                 raise
@@ -106,7 +106,8 @@ class PromptStream:
                 _log.warning("skipped: %s", error.message)
             return None
 
-    def _made(self, index: int, row: PromptRow) -> Prompt:
+    def made(self, index: int, row: PromptRow) -> Prompt:
+        """A row, rendered and tokenised. RowError for an empty one."""
         text, special = self._text(row)
         if isinstance(row.prompt, list) and row.prompt and isinstance(row.prompt[0], int):
             tokens = [int(token) for token in row.prompt]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sterna.align.rltrainer import RlTrainer
 
 _log = get_logger(__name__)
+SAMPLES = "samples.jsonl"
 METRICS = "metrics.jsonl"
 _EVERY_S = 10.0  # between lines where there is no terminal
 
@@ -48,7 +49,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
     """Drop what a killed run wrote after the checkpoint that is continued."""
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step and step]
@@ -63,7 +64,7 @@ class RlMetrics(RlHook):
 
     def on_start(self, trainer: RlTrainer) -> None:
         """Each step is in the file once."""
-        _keep_until(self._path, trainer.counters.step)
+        keep_until(self._path, trainer.counters.step)
 
     def after_step(
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience
@@ -80,12 +81,12 @@ class Samples(RlHook):
     """The first completions of every step, with what they were worth."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self._path = folder / "samples.jsonl"
+        self._path = folder / SAMPLES
         self._count = count
 
     def on_start(self, trainer: RlTrainer) -> None:
         """As for the figures."""
-        _keep_until(self._path, trainer.counters.step)
+        keep_until(self._path, trainer.counters.step)
 
     def after_step(
         self, trainer: RlTrainer, step: int, figures: Mapping[str, float], experience: Experience

@@ -17,6 +17,9 @@ from sterna.align.rlstate import restore
 from sterna.core.errors import TrainError
 from sterna.train import checkpoint
 
+# The critic's are all there are of a step that warms it up.
+_PROOF = ("grad_norm", "loss", "value_grad_norm", "value_loss")
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -27,8 +30,8 @@ class Replay:
 
     @property
     def is_identical(self) -> bool:
-        """The same gradient norm and loss, to the bit."""
-        return all(self.then[name] == self.now[name] for name in ("grad_norm", "loss"))
+        """The same gradient norms and losses, to the bit."""
+        return all(self.then[name] == self.now[name] for name in _PROOF if name in self.then)
 
 
 def replay(recipe: RlRecipe, dump: Path) -> Replay:

@@ -8,9 +8,7 @@ import torch
 
 from sterna.align.reward import Sample
 from sterna.align.score import micro_batches, rollout_batch
-from sterna.model.hub import resolve_model
-from sterna.model.value import load_value_model
-from sterna.train.config import ModelSection
+from sterna.model.value import ValueModel
 
 
 class ModelReward:
@@ -18,10 +16,10 @@ class ModelReward:
 
     name = "model"
 
-    def __init__(self, path: str, model: ModelSection, micro_tokens: int) -> None:
-        self._model = load_value_model(resolve_model(path), model.dtype, model.device)
-        self._model.requires_grad_(False)
-        self._device = torch.device(model.device)
+    def __init__(self, model: ValueModel, micro_tokens: int) -> None:
+        self._model = model
+        model.requires_grad_(False)
+        self._device = model.device
         self._micro_tokens = micro_tokens
 
     @torch.no_grad()

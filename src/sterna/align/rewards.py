@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sterna.align.adapted import adapted_reward, is_adapter_folder
 from sterna.align.config import RewardSection, RlRecipe
 from sterna.align.critic import check_tokenizer
 from sterna.align.reward import Reward, RewardSum, Sample
 from sterna.align.reward_model import ModelReward
 from sterna.align.rewards_io import FunctionReward, HttpReward
 from sterna.align.tasks.base import Task
+from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
+from sterna.model.value import load_value_model
 from sterna.text.tokenizer import Tokenizer
 
 
@@ -27,7 +30,11 @@ class _Named:
 
 
 def make_rewards(
-    recipe: RlRecipe, own: Sequence[Reward], task: Task | None, tokenizer: Tokenizer
+    recipe: RlRecipe,
+    own: Sequence[Reward],
+    task: Task | None,
+    tokenizer: Tokenizer,
+    policy: Decoder | None = None,
 ) -> RewardSum:
     """The recipe's rewards, or the caller's; a task's gold metric is logged beside them."""
     if own:
@@ -36,7 +43,7 @@ def make_rewards(
         ]
     else:
         pairs = [
-            (_reward(section, task, recipe, tokenizer), section)
+            (_reward(section, task, recipe, tokenizer, policy), section)
             for section in recipe.rewards
             if section.kind != "task" or task is not None  # only distillation does without
         ]
@@ -46,7 +53,11 @@ def make_rewards(
 
 
 def _reward(
-    section: RewardSection, task: Task | None, recipe: RlRecipe, tokenizer: Tokenizer
+    section: RewardSection,
+    task: Task | None,
+    recipe: RlRecipe,
+    tokenizer: Tokenizer,
+    policy: Decoder | None,
 ) -> Reward:
     match section.kind:
         case "task":
@@ -57,5 +68,10 @@ def _reward(
         case "http":
             return HttpReward(section.path, section.timeout_s, section.retries)
         case "model":
-            check_tokenizer(resolve_model(section.path), tokenizer, "rewards.path")
-            return ModelReward(section.path, recipe.model, recipe.algorithm.micro_tokens)
+            path = resolve_model(section.path)
+            check_tokenizer(path, tokenizer, "rewards.path")
+            if is_adapter_folder(path):
+                model = adapted_reward(path, recipe, policy)
+            else:
+                model = load_value_model(path, recipe.model.dtype, recipe.model.device)
+            return ModelReward(model, recipe.algorithm.micro_tokens)

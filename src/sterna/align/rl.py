@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 from sterna.align.build import build
 from sterna.align.config import RlRecipe
+from sterna.align.ranks import result_of, share
 from sterna.align.reward import Reward
 from sterna.align.rlhooks import RlHook
 from sterna.align.rlresult import RlResult
 from sterna.align.rltrainer import RlTrainer
+from sterna.parallel.config import ParallelConfig
+from sterna.parallel.mesh import Mesh, open_mesh
 from sterna.train.signals import StopSignals
 
 
@@ -33,17 +36,24 @@ def align_rl(
 
     `resume` continues from the newest complete checkpoint of `run.output`, bit by bit on a CPU.
     `rewards` take the place of the recipe's, each with weight 1. SIGINT and SIGTERM end the run
-    after the current step with a checkpoint; the result says so.
+    after the current step with a checkpoint; the result says so. Under torchrun every rank calls
+    this with the same recipe and gets the same result (ranks.py).
 
     Raises ConfigError, DataError, ModelError, RewardError, NonFiniteError (the weights before the
-    bad update are kept) or CheckpointError (the last good checkpoint is intact).
+    bad update are kept), WorkerError (a process died or hangs) or CheckpointError (the last good
+    checkpoint is intact).
     """
-    return _run(build(recipe, resume, rewards, hooks))
+    mesh = open_mesh(
+        ParallelConfig.model_validate({"timeout_s": recipe.run.timeout_s}), recipe.model.device
+    )
+    return _run(build(recipe, resume, rewards, hooks, mesh=mesh), mesh)
 
 
-def _run(trainer: RlTrainer) -> RlResult:
+def _run(trainer: RlTrainer, mesh: Mesh) -> RlResult:
     with trainer, StopSignals() as signals:
         trainer.start()
+        if mesh.world > 1 and (actor := share(trainer, mesh)) is not None:
+            return result_of(actor)
         while trainer.has_steps():
             prompts = trainer.next_prompts()
             rollouts = trainer.generate(prompts)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sterna.model.save import hf_config
-from sterna.model.weights import split_parts
+from sterna.align.adapted import policy_files
 from sterna.train import checkpoint
 from sterna.train.checkpoint import Snapshot
+from sterna.train.parts import trained
 from sterna.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class RlCounters:
 
     step: int = 0
     num_completions: int = 0
+    num_tokens: int = 0  # of prompts and completions
     seconds: float = 0.0
 
 
@@ -33,12 +34,8 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
     parts, learner = trainer.parts, trainer.parts.learner
     ahead = trainer.ahead.state()
     model = learner.policy.model
-    names = model.config.family.hf_names
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True)
-        for own, parameter in model.named_parameters()
-        for name, tensor in split_parts(own, parameter.detach(), names, model.config)
-    }
+    weights = policy_files(parts.recipe, model)
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights.tensors}
     state = {key: value.detach().to("cpu", copy=True) for key, value in _tensors(trainer).items()}
     meta = {
         "sterna": __version__,
@@ -50,6 +47,7 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
         },
         "ahead": ahead,
         "kl_coef": parts.kl.coef,
+        "ptx": learner.ptx.state_dict() if learner.ptx else None,
         "policy_version": parts.hybrid.version,
         "updates": [
             learner.policy.num_updates,
@@ -58,7 +56,12 @@ def snapshot(trainer: RlTrainer) -> Snapshot:
         "recipe": parts.recipe.model_dump(mode="json"),
     }
     return Snapshot(
-        trainer.counters.step, tensors, hf_config(model), dict(parts.files), state, meta
+        trainer.counters.step,
+        tensors,
+        weights.config,
+        {**parts.files, **weights.files},
+        state,
+        meta,
     )
 
 
@@ -77,6 +80,8 @@ def restore(folder: Path, trainer: RlTrainer) -> None:
     parts.prompts.num_too_long = meta["prompts"]["too_long"]
     parts.prompts.num_bad = meta["prompts"]["bad"]
     parts.kl.coef = meta["kl_coef"]
+    if learner.ptx is not None:
+        learner.ptx.load_state_dict(meta["ptx"])
     parts.hybrid.version = meta["policy_version"]
     learner.policy.num_updates = meta["updates"][0]
     if learner.critic is not None:
@@ -92,7 +97,7 @@ def _tensors(trainer: RlTrainer) -> dict[str, Tensor]:
     found = _of_optimizer("optim", learner.policy.optimizer.state_dict())
     if learner.critic is not None:
         found |= _of_optimizer("critic_optim", learner.critic.optimizer.state_dict())
-        found |= {f"critic/{n}": p.detach() for n, p in learner.critic.model.named_parameters()}
+        found |= {f"critic/{name}": p.detach() for name, p in trained(learner.critic.model)}
     if trainer.parts.ema is not None:
         found |= {f"ema/{name}": value for name, value in trainer.parts.ema.averages.items()}
     found["rng/cpu"] = torch.get_rng_state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from sterna.align.ahead import Ahead
+from sterna.align.beside import publish_beside
 from sterna.align.config import RlRecipe
 from sterna.align.draw import Draw
 from sterna.align.engines import RolloutEngine
@@ -20,7 +21,7 @@ from sterna.align.experience import Experience, Models, make_experience, share_w
 from sterna.align.figures import draft_figures, step_figures
 from sterna.align.hybrid import Sampling
 from sterna.align.kl import KLController
-from sterna.align.learner import Learner
+from sterna.align.learner import Learns
 from sterna.align.prompts import Prompt, PromptStream
 from sterna.align.reward import Rewards, RewardSum, Sample
 from sterna.align.rlhooks import RlHook
@@ -49,9 +50,10 @@ class RlParts:
     recipe: RlRecipe
     tokenizer: Tokenizer
     hybrid: RolloutEngine
-    draw: Draw
+    draw: Draw  # a step's completions
+    ask: Draw  # those of evals and shown answers: the policy's own
     models: Models
-    learner: Learner
+    learner: Learns
     ema: Ema | None
     prompts: PromptStream
     eval_prompts: PromptStream | None
@@ -77,17 +79,20 @@ class _Step:
 class RlTrainer:
     """One run. Hooks may read everything; `evaluate` and `save` are theirs to call."""
 
-    def __init__(self, parts: RlParts) -> None:
+    def __init__(self, parts: RlParts, is_main: bool = True) -> None:
+        """`is_main`: this process writes the run's folder."""
         self.parts = parts
         self.recipe = parts.recipe
         self.counters = RlCounters()
         self.outcome: RlOutcome | None = None
         self.last: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self.tell_end: Callable[[RlResult], object] = lambda result: None  # to other ranks
         self._step = _Step()
         self._saved_step = -1
         self.ahead = Ahead(self._draw, is_beside=parts.recipe.rollout.workers > 0)
         output = parts.recipe.run.output
+        self._is_main = is_main
         self._lock = FolderLock(output)
         self._checkpointer = Checkpointer(
             output / "checkpoints", parts.recipe.checkpoint, Mesh.single(), self._saved
@@ -170,8 +175,9 @@ class RlTrainer:
     def learn(self, experience: Experience) -> None:
         """Update policy and critic; the engine then serves the new policy."""
         recipe, step = self.recipe, self.counters.step
-        lr = lr_at(step, recipe.optim.lr, recipe.schedule, recipe.run.steps)
-        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, recipe.run.steps)
+        total = recipe.schedule.total_steps or recipe.run.steps
+        lr = lr_at(step, recipe.optim.lr, recipe.schedule, total)
+        critic_lr = lr_at(step, recipe.critic.optim.lr, recipe.schedule, total)
         has_critic = self.parts.learner.critic is not None
         trains_policy = not has_critic or step >= recipe.critic.warmup_steps
         self._step.is_learning = True
@@ -200,6 +206,7 @@ class RlTrainer:
         """Count, tell the hooks, which log, evaluate and save."""
         self.counters.step += 1
         self.counters.num_completions += len(experience.rollouts)
+        self.counters.num_tokens += sum(rollout.num_tokens for rollout in self._step.drawn)
         self.counters.seconds += sum(self._step.seconds.values())
         self.last = step_figures(
             experience,
@@ -207,6 +214,7 @@ class RlTrainer:
             {**self._step.noted, **self._step.learnt},
             self._step.seconds,
         )
+        self.last["num_tokens"] = float(self.counters.num_tokens)
         for hook in self.parts.hooks:
             hook.after_step(self, self.counters.step, self.last, experience)
         every = self.recipe.eval.every
@@ -235,7 +243,7 @@ class RlTrainer:
         sampling = self._sampling(settings.temperature)
         seeds = [mix(self.recipe.run.seed, prompt.index, 5) for prompt in prompts]
         self.parts.hybrid.prepare()
-        rollouts = self.parts.draw(prompts, 1, sampling, seeds)
+        rollouts = self.parts.ask(prompts, 1, sampling, seeds)
         self.parts.hybrid.sleep()
         rewards = self.parts.rewards(self.samples(prompts, rollouts))
         self.last_eval = {
@@ -245,6 +253,14 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.on_eval(self, self.counters.step, self.last_eval)
         return self.last_eval
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The policy's greedy answers, for hooks."""
+        self.ahead.wait()
+        self.parts.hybrid.prepare()
+        rollouts = self.parts.ask(prompts, 1, self._sampling(0.0), [0] * len(prompts))
+        self.parts.hybrid.sleep()
+        return rollouts
 
     def samples(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Rollouts as rewards see them."""
@@ -274,9 +290,10 @@ class RlTrainer:
         output = self.recipe.run.output
         if latest is not None:
             publish(latest, output / "model")
+            publish_beside(self.parts, latest)
         for hook in self.parts.hooks:
             hook.on_end(self)
-        return RlResult(
+        result = RlResult(
             outcome=self.outcome or "done",
             steps=self.counters.step,
             reward=self.last.get("reward"),
@@ -285,6 +302,8 @@ class RlTrainer:
             model=output / "model",
             checkpoint=latest,
         )
+        self.tell_end(result)
+        return result
 
     def _draw_now(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
         self.parts.hybrid.prepare()
@@ -331,8 +350,8 @@ class RlTrainer:
             return
         d = experience.old_logprobs - experience.ref_logprobs
         kl = float(experience.layout.sums(d).mean())
+        self._step.learnt["kl_coef"] = self.parts.kl.coef  # of this step
         self.parts.kl.update(kl, len(experience.rollouts))
-        self._step.learnt["kl_coef"] = self.parts.kl.coef
 
     def _explained(self, error: NonFiniteError) -> NonFiniteError:
         """Save what is whole before the run ends."""
@@ -375,7 +394,7 @@ class RlTrainer:
 
     def __enter__(self) -> RlTrainer:
         """Keep the run's folder to this run. ConfigError while another process writes there."""
-        if not self._lock.take():
+        if self._is_main and not self._lock.take():
             output = self.recipe.run.output
             self.__exit__(None, None, None)
             raise ConfigError(
@@ -396,6 +415,8 @@ class RlTrainer:
         for hook in self.parts.hooks:
             hook.close()
         self._checkpointer.close()
+        if self.parts.learner.ptx is not None:
+            self.parts.learner.ptx.close()
         self._lock.release()
         self.ahead.close()
         self.parts.draw.close()

@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from sterna.align.workers import Member, RemoteGroup, serve, write_stack_when_asked
+from sterna.align.workers import Member, RemoteGroup, get, put, serve, write_stack_when_asked
 from sterna.core.errors import WorkerError
 
 _MAIN = "sterna.align.spawn"
@@ -96,7 +96,7 @@ def meet(rank: int, world: int, share: Callable[[Any], Any], own: Any, timeout_s
         folder = tempfile.TemporaryDirectory(prefix="sterna-ranks-")
         stack = Path(folder.name) / f"rank-{rank}.stack"
         write_stack_when_asked(stack)
-        pipe.send((rank, os.getpid(), socket.gethostname(), stack))
+        put(pipe, (rank, os.getpid(), socket.gethostname(), stack))
         serve(pipe, own)
         folder.cleanup()
     return None
@@ -111,7 +111,7 @@ def _gather(
         members = []
         for _ in range(world - 1):
             pipe = listener.accept()
-            rank, pid, where, stack = pipe.recv()
+            rank, pid, where, stack = get(pipe)
             members.append(Member(rank, pipe, pid, where, stack, lambda: ""))
     return RemoteGroup(sorted(members, key=lambda member: member.rank), timeout_s, own)
 

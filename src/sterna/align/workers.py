@@ -145,7 +145,7 @@ class RemoteGroup:
         rest = args if self._own is None else args[1:]
         for member, each in zip(self._members, rest, strict=True):
             try:
-                member.pipe.send((method, each))
+                put(member.pipe, (method, each))
             except OSError:
                 raise self._died(member) from None
         if self._own is not None:
@@ -171,7 +171,7 @@ class RemoteGroup:
         members, self._members = self._members, []
         for member in members:
             with suppress(OSError):
-                member.pipe.send(None)
+                put(member.pipe, None)
             member.pipe.close()
         if members:
             self._on_close()
@@ -199,7 +199,7 @@ class RemoteGroup:
             for pipe in ready:
                 member = pending.pop(pipe)  # type: ignore[call-overload]
                 try:
-                    found[member.rank] = member.pipe.recv()
+                    found[member.rank] = get(member.pipe)
                 except (EOFError, OSError):
                     raise self._died(member) from self._own_error
                 if not found[member.rank][0]:
@@ -228,11 +228,21 @@ class RemoteGroup:
         )
 
 
+def put(pipe: Connection, value: Any) -> None:
+    """Send a value whole: pipes by themselves would hand tensors on as open files."""
+    pipe.send_bytes(pickle.dumps(value))
+
+
+def get(pipe: Connection) -> Any:
+    """The next value. EOFError, OSError when the other side is gone."""
+    return pickle.loads(pipe.recv_bytes())
+
+
 def serve(pipe: Connection, actor: Any) -> Any:
     """Answer calls until the group closes: None, or what it closed with; ends at a broken pipe."""
     while True:
         try:
-            call = pipe.recv()
+            call = get(pipe)
         except (EOFError, OSError):
             return None
         if call is None:
@@ -243,7 +253,7 @@ def serve(pipe: Connection, actor: Any) -> Any:
         except Exception as error:  # noqa: BLE001  raised by the group
             answer = (False, _sendable(error))
         try:
-            pipe.send(answer)
+            put(pipe, answer)
         except OSError:
             return None
 

@@ -128,13 +128,9 @@ def _as_dict(result: RlResult) -> dict[str, Any]:
 
 def _print_changes(recipe: RlRecipe) -> None:
     """What the recipe sets, beside the default it replaces."""
-    from sterna.align.build import changed
-    from sterna.align.config import PromptSection, RlRecipe
+    from sterna.align.changes import from_defaults
 
-    prompts = PromptSection(task="-")  # has no default: "-" stands for none
-    found = changed(RlRecipe(prompts=prompts), recipe)
-    rows = [(key, "" if old is None else str(old), str(new)) for key, (old, new) in found.items()]
-    print_table(("setting", "default", "value"), rows, to_stderr=True)
+    print_table(("setting", "default", "value"), from_defaults(recipe), to_stderr=True)
 
 
 def _print_result(result: RlResult) -> None:

@@ -36,6 +36,7 @@ from sterna.model.weights import assign, export
 from sterna.parallel.fsdp import full
 
 SCORE = "score.weight"
+HEAD_NAME = "value_head.safetensors"  # the score beside the adapter of an adapted trunk
 _SUFFIX = "ForSequenceClassification"
 _OWN_NAMES = {"Gemma3ForCausalLM": "Gemma3Text" + _SUFFIX}  # where the prefix differs
 

@@ -7,6 +7,7 @@ checkpoints, and so PEFT's files, give the parts. Training (train/adapter.py) an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,31 @@ def native_spans(decoder: Decoder) -> Iterator[tuple[str, tuple[Span, ...]]]:
             spans.append(Span(full.removesuffix(".weight"), start, start + len(part)))
             start += len(part)
         yield name, tuple(spans)
+
+
+def twin(decoder: Decoder) -> Decoder:
+    """The same decoder without what wraps its projections, sharing every module that has weights.
+
+    Modules above those are copies, so that the twin can be wrapped, or lose its head, by itself.
+    """
+    found = _unwrapped(decoder)
+    assert isinstance(found, Decoder)
+    return found
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, Wrapper):
+        base: nn.Module = module.base
+        return base
+    if not module._modules:
+        return module
+    found = copy.copy(module)
+    found._parameters = dict(module._parameters)
+    found._modules = {
+        name: None if child is None else _unwrapped(child)
+        for name, child in module._modules.items()
+    }
+    return found
 
 
 def wide_product(base: Any, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
-_COLORS = ("#2463a6", "#c1571b")
+_COLORS = ("#2463a6", "#c1571b", "#3b8a4b", "#8a4ba6", "#8c7a1f")
 _SPANS = 40  # a running mean reaches back over a 40th of the curve
 
 

@@ -85,7 +85,7 @@ def render(
     subtitle = f"Sterna {__version__}, {recipe.kind}; {fingerprint().line()}"
     title = f"Training report: {recipe.run.output.name}"
     parts = [
-        _fact_row(facts),
+        fact_row(facts),
         f"<div class=charts>{''.join(_charts(steps, evals))}</div>",
         own,
         "<h2>Settings that differ from the defaults</h2>",
@@ -160,7 +160,8 @@ def _show(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _fact_row(facts: dict[str, str]) -> str:
+def fact_row(facts: dict[str, str]) -> str:
+    """Numbers with their labels, in a row."""
     cells = (f"<div>{html.escape(k)}<b>{html.escape(v)}</b></div>" for k, v in facts.items())
     return f"<div class=facts>{''.join(cells)}</div>"
 

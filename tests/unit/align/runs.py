@@ -29,7 +29,7 @@ def recipe(folder: Path, **sections: Any) -> RlRecipe:
         "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 6},
         "algorithm": {"kind": "grpo"},
         "optim": {"lr": 1e-3},
-        "run": {"output": str(folder / "run"), "steps": 3, "threads": 1},
+        "run": {"output": str(folder / "run"), "steps": 3, "threads": 1, "report": False},
         "checkpoint": {"every": 1, "keep_last": 9, "is_async": False},
     }
     for name, section in sections.items():

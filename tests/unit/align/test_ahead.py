@@ -25,7 +25,8 @@ TIMED = ("time/", "tokens_per_s/", "samples_per_s")
 
 def lines(folder):
     text = (folder / "run" / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    found = [json.loads(line) for line in text.splitlines()]
+    return [line for line in found if line["kind"] != "alarm"]
 
 
 def untimed(line):

@@ -46,6 +46,10 @@ def run(folder, figures, write=True):
     return auditor
 
 
+def steps(auditor):
+    return [alarm.step for alarm in auditor.alarms]
+
+
 def alarms(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "alarm"]
@@ -53,7 +57,7 @@ def alarms(folder):
 
 def test_reward_up_and_gold_down_is_an_alarm_once_in_a_window(tmp_path):
     auditor = run(tmp_path, curve(0.02, -0.02))
-    assert auditor.alarms == [2 * WINDOW, 3 * WINDOW]
+    assert [alarm.step for alarm in auditor.alarms] == [2 * WINDOW, 3 * WINDOW]
     first, second = alarms(tmp_path)
     assert (first["step"], second["step"]) == (16, 24)
     assert first["reward"] > 1
@@ -68,10 +72,10 @@ def test_no_alarm_where_they_do_not_part(tmp_path, rise, gold):
 def test_a_resumed_run_gives_the_same_alarms(tmp_path):
     figures = list(curve(0.02, -0.02))
     run(tmp_path, figures[:14])
-    assert run(tmp_path, figures[14:]).alarms == [16, 24]
+    assert steps(run(tmp_path, figures[14:])) == [16, 24]
     run(tmp_path, [])
     assert [line["step"] for line in alarms(tmp_path)] == [16, 24]
-    assert run(tmp_path, []).alarms == [16, 24]
+    assert steps(run(tmp_path, [])) == [16, 24]
 
 
 def test_completions_that_become_alike_are_warned_of_once(tmp_path, caplog):

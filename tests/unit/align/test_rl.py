@@ -30,7 +30,8 @@ KINDS = {
 
 
 def lines(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+    return [line for line in found if line.get("kind") != "alarm"]
 
 
 class Stop(RlHook):

@@ -31,6 +31,7 @@ from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.value import (
+    HEAD_NAME,
     SCORE,
     ValueModel,
     load_value_model,
@@ -51,8 +52,6 @@ from sterna.train.rowloss import RowLoss
 from sterna.train.sft import Sft, is_foreign
 from sterna.train.step import Loss
 from sterna.train.task import Task, Weights
-
-_HEAD = "value_head.safetensors"
 
 
 def choose_task(recipe: OfflineRecipe) -> Task:
@@ -128,7 +127,7 @@ class RewardTask:
             return Weights(value_tensors(model), value_hf_config(model), {})
         assert isinstance(model.trunk, Decoder)
         head = save({SCORE: model.score.detach().cpu()}, metadata={"format": "pt"})
-        return Weights((), {}, {**adapter_files(model.trunk, self._base), _HEAD: head})
+        return Weights((), {}, {**adapter_files(model.trunk, self._base), HEAD_NAME: head})
 
     def final(self, model: nn.Module) -> Weights | None:
         """The whole model, the adapter merged; None where checkpoints hold it."""
@@ -160,9 +159,11 @@ def _adapted(recipe: Recipe, lora: Lora, mesh: Mesh, source: Path | None) -> Val
     model = ValueModel(trunk)
     if source is not None:
         try:
-            model.score.data.copy_(load_file(source / _HEAD)[SCORE])
+            model.score.data.copy_(load_file(source / HEAD_NAME)[SCORE])
         except (OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{source / _HEAD}: {error}; resume from another one") from error
+            raise CheckpointError(
+                f"{source / HEAD_NAME}: {error}; resume from another one"
+            ) from error
     return model
 
 

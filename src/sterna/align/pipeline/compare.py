@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sterna.align.adapted import is_adapter_folder, load_policy
 from sterna.align.config import RlRecipe
 from sterna.align.draw import make_draw, make_toolbox, speaks_chat
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.pipeline.config import CompareSection
-from sterna.align.prompts import Prompt, PromptStream
+from sterna.align.prompts import Prompt, PromptStream, that_fit
 from sterna.align.reward import Rewards, Sample
 from sterna.align.rewards import make_rewards
 from sterna.align.rollout import Rollout, completion_layout, rollout_logprobs
@@ -33,9 +34,8 @@ from sterna.data.order import mix
 from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
+from sterna.model.load import load_config
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
-from sterna.train.task import plain_form
 
 _log = get_logger(__name__)
 GOLD = "gold"
@@ -109,7 +109,9 @@ def _open(recipe: RlRecipe, settings: CompareSection) -> _Run:
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
     told = toolbox.schemas if toolbox and speaks_chat(recipe, tokenizer) else None
-    stream = PromptStream(recipe.prompts, tokenizer, task, "eval", told)
+    context = load_config(resolve_model(recipe.model.path)).num_positions
+    asked = that_fit(recipe.prompts, context, recipe.rollout.max_tokens)
+    stream = PromptStream(asked, tokenizer, task, "eval", told)
     return _Run(recipe, settings, tokenizer, task, stream.take(settings.prompts))
 
 
@@ -135,9 +137,12 @@ def _answers(run: _Run, path: Path) -> list[Rollout]:
 
 
 def _load(run: _Run, path: Path) -> Decoder:
-    section = run.recipe.model
-    decoder = load_model(path, section.dtype, torch.device(section.device)).decoder
-    return plain_form(decoder, path).requires_grad_(False)
+    device = torch.device(run.recipe.model.device)
+    if is_adapter_folder(path):
+        base = resolve_model(run.recipe.model.path)
+        return load_policy(run.recipe, base, path, device).requires_grad_(False)
+    plain = run.recipe.model_copy(update={"adapter": None})
+    return load_policy(plain, path, None, device).requires_grad_(False)
 
 
 def _samples(run: _Run, rollouts: Sequence[Rollout]) -> list[Sample]:

@@ -20,7 +20,7 @@ from sterna.train.config import ModelSection
 FOLDERS = {"sft": "1-sft", "reward": "2-reward", "rl": "3-rl"}
 Values = dict[str, Any]
 _DEFAULT_OUTPUT = "runs/align"
-_TABLES = ("run", "model", "data", "prompts", "algorithm", "critic")
+_TABLES = ("run", "model", "data", "prompts", "algorithm", "critic", "ptx")
 _ORIGINS = ("path", "config", "tokenizer")
 # Of [data], for prompts; the order and the cuts follow from the same seed.
 _PROMPTS = ("sources", "seed", "held_out", "split", "template_kwargs", "on_bad_row")
@@ -130,6 +130,9 @@ def _complete_rl(values: Values, table: Values, part: int, tables: list[str]) ->
     if data is not None and not any(prompts.get(key) for key in ("path", "sources", "task")):
         common = {key: data[key] for key in _PROMPTS if key in data}
         table["prompts"] = _with_part("rl", {**common, **prompts}, part)
+    ptx = table.get("ptx", {})
+    if ptx.get("coef") and ptx.get("data") is None and "data" in (values.get("sft") or {}):
+        ptx["data"] = values["sft"]["data"]  # step 1's, which is complete by now
     algorithm = table.setdefault("algorithm", {})
     algorithm.setdefault("kind", "ppo")
     if "reward" not in tables:
