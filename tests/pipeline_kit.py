@@ -2,15 +2,18 @@
 
     prompt    tell me about the film
     answer    the plot was dull and the music was lovely
-    gold      (good words - bad words) / all four adjectives' places, from -1 to 1
+    gold      (good words - bad words) / 2, from -1 to 1
 
 The model starts from random weights; nobody tells it which words are good: the pairs do.
+
+    python tests/pipeline_kit.py FOLDER    writes the task for recipes/align-cpu.toml
 """
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +181,9 @@ def values(folder: Path) -> dict[str, Any]:
             ],
         },
     }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    write_task(target, hidden=160, layers=4)

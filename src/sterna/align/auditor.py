@@ -10,7 +10,7 @@
     clipped     nearly all completions end by length
 
 Alarms follow from metrics.jsonl alone, so a resumed run and a report find the same ones. They are
-written there too: {"kind": "alarm", "step": 24, "alarm": "gold", "text": ...}.
+kept in alarms.jsonl: {"step": 24, "kind": "gold", "text": ..., "reward": 1.4, "gold": -1.2}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sterna.align.experience import Experience
-from sterna.align.records import METRICS, append_line
+from sterna.align.records import METRICS, append_line, keep_until
 from sterna.align.rlhooks import RlHook
 from sterna.core.log import get_logger
 from sterna.train.metrics import read_metrics
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sterna.align.rltrainer import RlTrainer
 
 _log = get_logger(__name__)
+ALARMS = "alarms.jsonl"
 GOLD = "rewards/gold/mean"
 WINDOW = 8
 LIMIT = 1.0
@@ -146,7 +147,7 @@ class Auditor(RlHook):
     """Tells of alarms as the run goes; `alarms` are those so far."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
+        self._folder = folder
         self._audit = Audit()
         self.alarms: list[Alarm] = []
 
@@ -154,7 +155,8 @@ class Auditor(RlHook):
         """Take up what a resumed run had seen; the metrics hook has cut the file by now."""
         self._audit = Audit()
         self.alarms = []
-        for line in read_metrics(self._path):
+        keep_until(self._folder / ALARMS, trainer.counters.step)
+        for line in read_metrics(self._folder / METRICS):
             if line["kind"] == "step":
                 self.alarms += self._audit.look(line["step"], line)
 
@@ -164,8 +166,8 @@ class Auditor(RlHook):
         """Compare, and say what is new."""
         for alarm in self._audit.look(step, figures):
             self.alarms.append(alarm)
-            told = {"kind": "alarm", "step": step, "alarm": alarm.kind, "text": alarm.text}
-            append_line(self._path, {**told, **alarm.figures})
+            told = {"step": step, "kind": alarm.kind, "text": alarm.text, **alarm.figures}
+            append_line(self._folder / ALARMS, told)
             _log.warning("step %d: %s", step, alarm.text)
 
 

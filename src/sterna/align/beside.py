@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sterna.align.adapted import policy_files, shares_base
+from sterna.core.rundir import write_atomic
 from sterna.model.value import ValueModel, value_hf_config, value_tensors
 from sterna.train.checkpoint import publish
-from sterna.train.sft import Sft
 from sterna.train.task import Weights
 
 if TYPE_CHECKING:
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
 def publish_beside(parts: RlParts, latest: Path) -> None:
     """Write the folders that the recipe has; `latest`: the checkpoint with the tokenizer's files.
 
-    OSError for a full disk, with what was there before left as it was.
+    A critic that shares the policy's base has no folder. OSError for a full disk, with what was
+    there before left as it was.
     """
-    output, learner = parts.recipe.run.output, parts.learner
+    recipe, learner = parts.recipe, parts.learner
+    output = recipe.run.output
     if parts.ema is not None:
         with parts.ema.in_place():
-            publish(latest, output / "ema", Sft().weights(learner.policy.model), parts.files)
+            weights = policy_files(recipe, learner.policy.model)
+            if weights.config:
+                publish(latest, output / "ema", weights, parts.files)
+            for name, content in weights.files.items():  # an adapter's
+                write_atomic(output / "ema" / name, content)
     critic = learner.critic.model if learner.critic is not None else None
-    if isinstance(critic, ValueModel):
+    if isinstance(critic, ValueModel) and not shares_base(recipe):
         weights = Weights(value_tensors(critic), value_hf_config(critic), {})
         publish(latest, output / "critic", weights, parts.files)

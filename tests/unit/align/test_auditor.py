@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def curve(rise, gold, steps=24, **extra):
 
 def run(folder, figures, write=True):
     auditor = Auditor(folder)
-    auditor.on_start(None)
+    auditor.on_start(SimpleNamespace(counters=SimpleNamespace(step=1000)))
     for step, found in figures:
         if write:
             with (folder / "metrics.jsonl").open("a") as file:
@@ -51,8 +52,7 @@ def steps(auditor):
 
 
 def alarms(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "alarm"]
+    return [json.loads(line) for line in (folder / "alarms.jsonl").read_text().splitlines()]
 
 
 def test_reward_up_and_gold_down_is_an_alarm_once_in_a_window(tmp_path):

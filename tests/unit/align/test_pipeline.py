@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tests import pipeline_kit as kit
 
+from sterna.align.config import RlRecipe
+from sterna.align.offline.config import OfflineRecipe
 from sterna.align.pipeline.compare import win_rate
 from sterna.align.pipeline.config import AlignRecipe
 from sterna.align.pipeline.run import align_pipeline
 from sterna.core.errors import ConfigError
-from sterna.train.recipe import make_recipe, merge_into, to_toml
+from sterna.train.config import Recipe
+from sterna.train.recipe import make_recipe, merge_into, read_layers, to_toml
+
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 SHORT = {
     "compare": {"prompts": 4},
@@ -108,6 +114,18 @@ def test_steps_may_run_one_by_one_and_finished_ones_are_kept(tmp_path, own_home)
     other = {"run": {"output": str(tmp_path / "moved")}, "sft": {"run": {"seed": 5}}}
     with pytest.raises(ConfigError, match=r"2-reward was made from another .*1-sft"):
         align_pipeline(recipe(tmp_path, **other), resume=True)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_published_recipes_are_valid(path):
+    values = read_layers([path])
+    if "align" in path.stem:
+        made = make_recipe(values, AlignRecipe)
+        assert made.chosen() == ["sft", "reward", "rl"] and made.needs("rl") == ["sft", "reward"]
+    elif "kind" in values:
+        assert make_recipe(values, Recipe if values["kind"] == "sft" else OfflineRecipe)
+    else:
+        assert make_recipe(values, RlRecipe)
 
 
 def test_win_rate_counts_ties_half():

@@ -27,7 +27,8 @@ PPO = {"kind": "ppo", "kl_coef": 0.05}
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    found = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == "step"]
 
 
 def ptx(folder, **changed):
@@ -109,6 +110,21 @@ def test_average_and_critic_are_left_beside_the_model(tmp_path):
     critic = load_value_model(tmp_path / "run/critic", "float32")
     assert torch.equal(critic.score, parts.learner.critic.model.score)
     assert (tmp_path / "run/ema/tokenizer.json").is_file()
+
+
+def test_an_adapters_average_is_an_adapter(tmp_path):
+    made = recipe(
+        tmp_path, algorithm=PPO, adapter={"rank": 2, "alpha": 4}, run={"steps": 1},
+        optim={"lr": 1e-2, "ema_decay": 0.5},
+    )  # fmt: skip
+    align_rl(made, rewards=[Low()])
+    one, other = (
+        load_file(tmp_path / "run" / part / "adapter_model.safetensors")
+        for part in ("ema", "model")
+    )
+    assert one.keys() == other.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "run/critic").exists()  # it shares the policy's base
 
 
 def test_warm_up_trains_the_critic_alone(tmp_path):

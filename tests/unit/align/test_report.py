@@ -167,7 +167,7 @@ def test_a_resumed_auditor_knows_what_was_before(tmp_path):
     steps = [figures(**{"completions/mean_length": 20.0 if i < 12 else 60.0}) for i in range(20)]
     path.write_text("".join(json.dumps({"step": i + 1, **s}) + "\n" for i, s in enumerate(steps)))
     hook = Auditor(tmp_path)
-    hook.on_start(SimpleNamespace())
+    hook.on_start(SimpleNamespace(counters=SimpleNamespace(step=20)))
     whole = Audit()
     wanted = [a for i, s in enumerate(steps) for a in whole.look(i + 1, s)]
     assert hook.alarms == wanted
