@@ -36,8 +36,6 @@ from sterna.model.value import (
     SCORE,
     ValueModel,
     load_value_model,
-    value_hf_config,
-    value_tensors,
 )
 from sterna.parallel.collectives import barrier
 from sterna.parallel.mesh import Mesh
@@ -132,7 +130,7 @@ class RewardTask:
             return None
         assert isinstance(model.trunk, Decoder)
         merge_adapter(model.trunk)
-        return Weights(value_tensors(model), value_hf_config(model), {})
+        return value_files(model, "")
 
     def hooks(self, recipe: Recipe) -> Sequence[Hook]:
         """Accuracy and calibration on held-out pairs and others."""
