@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -124,6 +125,7 @@ def window(args: argparse.Namespace) -> dict[str, Any]:
     samples = samples_of(args.trace, args.requests, load_tokenizer(default_gguf()))
     cores, port = list(range(args.threads)), free_port()
     words = command(args.name, args.student, port, args.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server is stopped then too
     process = start(words, cores, f"{args.name}-combined.log", stdout=subprocess.DEVNULL)
     try:
         wait_ready(process, port, args.name)

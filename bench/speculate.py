@@ -1,12 +1,18 @@
 """Speculation against plain decoding: five kinds of work, batch 1 and 8, one engine, in turn.
 
-    python bench/speculate.py [--model M] [--weights bf16] [--batches 1,8] [--rounds 3]
-        [--drafters suffix] [--questions mt_bench.jsonl] [--tokens 160] [--temperature 0]
+    python bench/speculate.py [--variants suffix,suffix+mlp] [--speculator FOLDER ...]
+        [--tasks edit,agent,rag,json,chat] [--batches 1,8] [--rounds 3] [--weights bf16]
+        [--questions mt_bench.jsonl] [--tokens 160] [--rivals llamacpp,vllm]
+        [--into bench/results/FILE.json]
 
-Each round runs every task plain and speculating, right after one another, with empty prefix cache
-and drafters that remember nothing from before. Outputs must be equal. Figures: tokens/s of
-all the time, and of the steps without prompt tokens ("decode"); medians over rounds. With two
-rounds or more it writes bench/results/speculate-DATE.json.
+Each round runs a task plain and in every variant, right after one another, with empty prefix cache
+and drafters that remember nothing from before. Outputs must be equal. Figures are medians over the
+rounds; ratios are to the plain run of the same round. `--rivals` (speculate_rivals.py) answer the
+same prompts; `--variants ""` runs them alone. `--into` adds each task as it is done to a stored
+result of the same machine and settings.
+
+Shares are of the time of decode steps: "drafting" is spent in drafters, "verifying" is what
+steps took beyond as many plain steps.
 """
 
 from __future__ import annotations
@@ -14,221 +20,139 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from speculate_prompts import all_tasks
+from speculate_rivals import rival_rows
+from speculate_run import PLAIN, Run, Variants
 from sterna.core.machine import fingerprint
 from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
-from sterna.engine.drafters.choose import build_drafters
-from sterna.engine.engine import Engine
-from sterna.engine.request import DraftResult, EngineRequest, SamplingParams, StepStats
-from sterna.engine.speculate import Speculator
-from sterna.model.decoder import Decoder
 from sterna.model.speculator_file import read_speculator_config
 from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
-console = Console()
-Outputs = dict[str, list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One pass over a task."""
-
-    num_tokens: int
-    seconds: float
-    decode_tokens: int
-    decode_s: float
-    num_drafted: int
-    num_accepted: int
-    num_drafts: int
-    num_steps: int
-    by_source: dict[str, tuple[int, int, int]]  # drafts, their tokens, those accepted
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second, prompts' time included."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def decode_speed(self) -> float:
-        """Tokens a second of steps without prompt tokens."""
-        return self.decode_tokens / self.decode_s
+COLUMNS = ("task", "batch", "variant", "speed", "ratio", "decode_speed", "decode_ratio", "worst",
+           "tokens_a_step", "accepted_a_draft", "accepted_share", "drafting_share",
+           "verifying_share")  # fmt: skip
+console = Console(width=170)
 
 
 def main() -> None:
-    """Run and print."""
+    """Run, print, store."""
     args = _arguments()
+    speculators = {_cell_of(folder): folder for folder in args.speculator}
     config = EngineConfig(
         weights=args.weights,
-        speculation=args.drafters,
-        draft_model=args.draft_model,
-        speculator=args.speculator,
+        speculation="suffix",
         num_draft_tokens=args.draft_tokens,
+        threads=args.threads,
     )
     engine = build_engine(args.model, config)
     renderer = ChatRenderer(engine.tokenizer)
-    tasks = {
-        name: [engine.tokenizer.encode(renderer.render(c), False) for c in chats]
-        for name, chats in all_tasks(args.questions).items()
-        if name in args.tasks.split(",")
-    }
-    found: dict[tuple[str, int, bool], list[Run]] = {}
-    for _ in range(args.rounds):
+    variants = Variants(engine, speculators)
+    rows: list[dict[str, Any]] = []
+    for name in args.tasks.split(","):
+        chats = all_tasks(args.questions)[name]
+        prompts = [engine.tokenizer.encode(renderer.render(chat), False) for chat in chats]
         for batch in map(int, args.batches.split(",")):
-            for name, prompts in tasks.items():
-                _compare(engine, args, prompts, batch, lambda on, run, n=name, b=batch: (
-                    found.setdefault((n, b, on), []).append(run)
-                ))  # fmt: skip
-    rows = _rows(found)
+            new = _compare(variants, args, name, prompts, batch) if args.variants else []
+            for rival in filter(None, args.rivals.split(",")):
+                new += rival_rows(rival, name, prompts, batch, args.tokens, args.rounds)
+            rows += new
+            if args.into:
+                _store(new, args, engine.speculator.cost.line() if engine.speculator else "")
+    engine.close()
     _show(rows)
-    if args.rounds > 1:
-        _write(rows, args)
 
 
 def _compare(
-    engine: Engine,
-    args: argparse.Namespace,
-    prompts: list[list[int]],
-    batch: int,
-    keep: Callable[[bool, Run], None],
-) -> None:
-    outputs = []
-    for is_on in (False, True):
-        speculator = engine.speculator
-        assert speculator is not None, "built with drafters"
-        decoder = engine.runner.decoder
-        assert isinstance(decoder, Decoder), "loaded by build_engine"
-        drafters = build_drafters(engine.config, engine.tokenizer, decoder, "bench")
-        fresh = Speculator(drafters, engine.config, speculator.cost)
-        speculator.drafters, speculator.trust = fresh.drafters, fresh.trust
-        speculator.guard = fresh.guard
-        engine.pool.clear_cache()
-        run, texts = _run(engine, prompts, batch, args, is_on)
-        outputs.append(texts)
-        keep(is_on, run)
-        console.print(
-            f"{batch} at once, {'speculating' if is_on else 'plain'}: {run.speed:.0f} tok/s"
-        )
-    assert outputs[0] == outputs[1], "speculation changed the output"
+    variants: Variants, args: argparse.Namespace, task: str, prompts: list[list[int]], batch: int
+) -> list[dict[str, Any]]:
+    names = [PLAIN, *args.variants.split(",")]
+    found: dict[str, list[Run]] = {name: [] for name in names}
+    want = None
+    for i in range(args.rounds):
+        for name in [PLAIN, *(names[1:] if i % 2 else names[:0:-1])]:
+            variants.use(name)
+            run, outputs = variants.run(prompts, batch, args.tokens, args.temperature)
+            want = want or outputs
+            assert outputs == want, f"{name} changed the output of {task}"
+            found[name].append(run)
+    return [_row(task, batch, name, found[PLAIN], runs) for name, runs in found.items()]
 
 
-def _run(
-    engine: Engine, prompts: list[list[int]], batch: int, args: argparse.Namespace, is_on: bool
-) -> tuple[Run, Outputs]:
-    """`batch` requests at a time."""
-    steps: list[StepStats] = []
-    engine.on_step.append(steps.append)
-    found: Outputs = {}
-    gained: list[int] = []
-    started = time.perf_counter()
-    for first in range(0, len(prompts), batch):
-        for i, prompt in enumerate(prompts[first : first + batch]):
-            params = SamplingParams(
-                temperature=args.temperature, max_tokens=args.tokens, speculation=is_on, seed=1
-            )
-            engine.add(
-                EngineRequest(
-                    request_id=str(first + i), prompt_token_ids=tuple(prompt), params=params
-                )
-            )
-        while engine.has_work:
-            outputs = engine.step()
-            new = [(o.request_id, t) for o in outputs for d in o.deltas for t in d.token_ids]
-            gained.append(len(new))
-            for name, token in new:
-                found.setdefault(name, []).append(token)
-    seconds = time.perf_counter() - started
-    engine.on_step.pop()
-    decoding = [(s, n) for s, n in zip(steps, gained, strict=True) if not s.num_prompt_tokens]
-    drafts = [draft for step in steps for draft in step.drafts]
-    run = Run(
-        num_tokens=sum(gained),
-        seconds=seconds,
-        decode_tokens=sum(n for _, n in decoding),
-        decode_s=sum(s.duration for s, _ in decoding),
-        num_drafted=sum(d.num_tokens for d in drafts),
-        num_accepted=sum(d.num_accepted for d in drafts),
-        num_drafts=len(drafts),
-        num_steps=len(steps),
-        by_source=_by_source(drafts),
-    )
-    return run, found
+def _row(task: str, batch: int, name: str, plain: list[Run], runs: list[Run]) -> dict[str, Any]:
+    pairs = list(zip(plain, runs, strict=True))
+    one = runs[0]
+    plain_step_s = statistics.median(r.decode_s / r.num_decode_steps for r in plain)
+    decode_s = statistics.median(r.decode_s for r in runs)
+    drafting_s = statistics.median(r.drafting_s for r in runs)
+    ratios = [b.decode_speed / a.decode_speed for a, b in pairs]
+    return {
+        "task": task,
+        "batch": batch,
+        "variant": name,
+        "speed": statistics.median(r.speed for r in runs),
+        "ratio": statistics.median(b.speed / a.speed for a, b in pairs),
+        "decode_speed": statistics.median(r.decode_speed for r in runs),
+        "decode_ratio": statistics.median(ratios),
+        "worst": min(ratios),
+        "tokens_a_step": one.decode_tokens / one.num_decode_steps / batch,
+        "accepted_a_draft": one.num_accepted / max(one.num_drafts, 1),
+        "accepted_share": one.num_accepted / max(one.num_drafted, 1),
+        "drafting_share": drafting_s / decode_s,
+        "verifying_share": 1 - (drafting_s + one.num_decode_steps * plain_step_s) / decode_s,
+        "by_source": one.by_source,
+        "runs": [asdict(run) for run in runs],
+    }
 
 
-def _by_source(drafts: list[DraftResult]) -> dict[str, tuple[int, int, int]]:
-    found: dict[str, tuple[int, int, int]] = {}
-    for draft in drafts:
-        num, tokens, accepted = found.get(draft.source, (0, 0, 0))
-        counts = (num + 1, tokens + draft.num_tokens, accepted + draft.num_accepted)
-        found[draft.source] = counts
-    return found
-
-
-def _rows(found: dict[tuple[str, int, bool], list[Run]]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for name, batch, is_on in found:
-        if not is_on:
-            continue
-        plain, spec = found[name, batch, False], found[name, batch, True]
-        pairs = list(zip(plain, spec, strict=True))
-        one = spec[0]
-        rows.append({
-            "task": name,
-            "batch": batch,
-            "plain": statistics.median(r.speed for r in plain),
-            "speculating": statistics.median(r.speed for r in spec),
-            "ratio": statistics.median(b.speed / a.speed for a, b in pairs),
-            "decode_plain": statistics.median(r.decode_speed for r in plain),
-            "decode_speculating": statistics.median(r.decode_speed for r in spec),
-            "decode_ratio": statistics.median(b.decode_speed / a.decode_speed for a, b in pairs),
-            "accepted_a_draft": one.num_accepted / max(one.num_drafts, 1),
-            "accepted_share": one.num_accepted / max(one.num_drafted, 1),
-            "accepted_of_output": one.num_accepted / one.num_tokens,
-            "tokens_a_decode_step": one.num_tokens / one.num_steps,
-            "by_source": one.by_source,
-            "runs": [asdict(run) for run in (*plain, *spec)],
-        })  # fmt: skip
-    return rows
-
-
-def _show(rows: list[dict[str, object]]) -> None:
-    table = Table(title="tokens/s, plain against speculating")
-    names = [name for name in rows[0] if name not in ("runs", "by_source")]
-    for name in names:
+def _show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="tokens/s, plain and speculating")
+    for name in COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(_text(row[name]) for name in names))
-    Console(width=180).print(table)
+        table.add_row(*(_text(row.get(name, "")) for name in COLUMNS))
+    console.print(table)
 
 
 def _text(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
-    stamp = datetime.now().strftime("%Y-%m-%dT%H%M%S")
-    path = ROOT / "bench" / "results" / f"speculate-{stamp}.json"
-    settings = {k: str(v) for k, v in vars(args).items() if k != "questions"}
-    settings["speculator"] = _kind_of(args.speculator)
-    data = {"machine": fingerprint().line(), "settings": settings, "rows": rows}
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    console.print(f"written: {path.relative_to(ROOT)}")
+def _store(rows: list[dict[str, Any]], args: argparse.Namespace, cost: str) -> None:
+    """Add to the file; rows of the same task, batch and variant are replaced."""
+    settings = {
+        key: str(getattr(args, key))
+        for key in ("weights", "tokens", "temperature", "draft_tokens", "threads")
+    }
+    settings["chat"] = "MT-Bench" if args.questions else "own questions"
+    head = {"machine": fingerprint().line(), "settings": settings}
+    data = json.loads(args.into.read_text()) if args.into.exists() else {**head, "rows": []}
+    assert {key: data[key] for key in head} == head, f"{args.into}: of another machine or settings"
+    new = {_key(row) for row in rows}
+    data["rows"] = [row for row in data["rows"] if _key(row) not in new] + rows
+    data["step_costs"] = cost
+    data.setdefault("speculators", {}).update({_cell_of(f): _kind_of(f) for f in args.speculator})
+    args.into.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def _kind_of(folder: str | None) -> str:
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["task"], row["batch"], row["variant"]
+
+
+def _cell_of(folder: str) -> str:
+    return str(read_speculator_config(Path(folder) / "config.json").cell)
+
+
+def _kind_of(folder: str) -> str:
     """What a speculator is, without where it lies."""
-    if folder is None:
-        return "none"
     config = read_speculator_config(Path(folder) / "config.json")
     return f"{config.cell}, {config.num_drafts} drafts, {config.num_outputs} draft tokens"
 
@@ -240,13 +164,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", default="edit,agent,rag,json,chat")
-    parser.add_argument("--drafters", default="suffix")
-    parser.add_argument("--draft-model", default=None)
-    parser.add_argument("--speculator", default=None)
+    parser.add_argument("--variants", default="suffix")
+    parser.add_argument("--speculator", action="append", default=[])
     parser.add_argument("--draft-tokens", type=int, default=32)
     parser.add_argument("--questions", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rivals", default="")
+    parser.add_argument("--into", type=Path, default=None)
     return parser.parse_args()
 
 

@@ -63,7 +63,7 @@ class FreeRows:
     def seconds(self, num_rows, num_keys):
         return 1e3
 
-    def note(self, num_rows, num_keys, seconds):
+    def note(self, num_rows, num_keys, seconds, *, has_drafts=False):
         pass
 
 

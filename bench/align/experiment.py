@@ -16,18 +16,21 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on a figure of the last measurement on held-out prompts."""
+    """A bound on a figure of the last measurement on held-out prompts, or on its rise."""
 
     figure: str
     bound: float
     is_least: bool = True  # else the figure may be at most this
+    is_rise: bool = False  # since the first measurement
 
-    def is_met(self, value: float) -> bool:
-        """Whether a value is on the right side."""
+    def is_met(self, first: float, last: float) -> bool:
+        """Whether the last value is on the right side."""
+        value = last - first if self.is_rise else last
         return value >= self.bound if self.is_least else value <= self.bound
 
     def __str__(self) -> str:
-        return f"{self.figure} {'>=' if self.is_least else '<='} {self.bound:g}"
+        what = f"rise of {self.figure}" if self.is_rise else self.figure
+        return f"{what} {'>=' if self.is_least else '<='} {self.bound:g}"
 
 
 @dataclass(frozen=True, slots=True)

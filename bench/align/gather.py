@@ -11,6 +11,7 @@ from typing import Any
 from experiment import Experiment
 from probe import FILE
 
+from sterna.align.auditor import audit
 from sterna.core.machine import fingerprint
 from sterna.core.rundir import write_atomic
 from sterna.train.metrics import read_metrics
@@ -57,7 +58,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             if steps and figure in steps[0]
         },
         "measured": list(read_metrics(folder / FILE)),
-        "alarms": [line for line in lines if line["kind"] == "alarm"],
+        "alarms": [[a.step, a.kind, dict(a.figures)] for a in audit(lines)],
         "facts": _facts(folder),
     }
 
@@ -83,8 +84,11 @@ def measured(run: Mapping[str, Any], part: str = "eval") -> list[dict[str, Any]]
 
 def judged(experiment: Experiment, run: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each target is met by the last measurement."""
-    last = measured(run)[-1]
-    return {str(target): target.is_met(last[target.figure]) for target in experiment.targets}
+    first, last = measured(run)[0], measured(run)[-1]
+    return {
+        str(target): target.is_met(first[target.figure], last[target.figure])
+        for target in experiment.targets
+    }
 
 
 def table(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -118,7 +122,7 @@ def draw(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]], path: Pa
     shown = experiment.shown
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False)
     variants = list(dict.fromkeys(name.rpartition("-")[0] for name in runs))
-    bounds = {target.figure: target.bound for target in experiment.targets}
+    bounds = {t.figure: t.bound for t in experiment.targets if not t.is_rise}
     for axis, name in zip(axes[0], shown, strict=True):
         _panel(axis, name, runs, variants)
         if name in bounds:

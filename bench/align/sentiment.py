@@ -188,7 +188,11 @@ POSITIVE = Experiment(
     prepare=prepare,
     recipe=_recipe,
     probe=lambda: Probe(every=8, prompts=24, samples=2, extra=_figures, has_greedy=False),
-    targets=(Target("vader", 0.6), Target("textblob", 0.0), Target("distinct_2", 0.5)),
+    targets=(
+        Target("vader", 0.6),
+        Target("sampled/gold", 0.05, is_rise=True),
+        Target("distinct_2", 0.5),
+    ),
     shown=("sampled/model", "vader", "textblob", "distinct_2"),
     has_own_base=False,
 )

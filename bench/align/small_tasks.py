@@ -85,9 +85,9 @@ def _arithmetic_recipe(facts: Values, seed: int, variant: str) -> Values:
             "max_tokens": 8,
             "seed": seed,
         },
-        "rollout": {"prompts_per_step": 24, "group_size": 8, "max_tokens": 5},
+        "rollout": {"prompts_per_step": 32, "group_size": 8, "max_tokens": 5},
         "algorithm": {"kind": variant, "epochs": 2},
-        "optim": {"lr": 3e-4},
+        "optim": {"lr": 2e-4},
     }
 
 
@@ -105,11 +105,11 @@ WALKS = Experiment(
 ARITHMETIC = Experiment(
     name="arithmetic",
     about="sums and differences of two numbers below 20, exact answers, problems never trained",
-    steps=50,
+    steps=400,
     variants=("grpo", "rloo"),
     prepare=_prepare_arithmetic,
     recipe=_arithmetic_recipe,
-    probe=lambda: Probe(every=10, prompts=64, samples=8, has_trained=True),
+    probe=lambda: Probe(every=50, prompts=64, samples=8, has_trained=True),
     targets=(Target("greedy/solved", 0.95), Target("pass@1", 0.95)),
     shown=("pass@1", "pass@8", "entropy"),
     has_own_base=False,

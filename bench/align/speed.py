@@ -12,7 +12,8 @@ generate   the generation phase alone: 32 prompts, 128 + 128 tokens, against pla
 Each contestant is a process of its own with the same prompts as token ids, temperature 1, forced
 lengths, the same learning rate and threads. `bfloat16`: TRL's weights and AdamW states are bfloat16
 (its fastest way on a CPU), Sterna keeps float32 masters and states beside bfloat16 weights. The
-first step or call (warm-up) is left out.
+first step or call (warm-up) is left out. CPU seconds (of all threads) stand beside the wall clock:
+on a shared machine they say more.
 With --json results are added to FILE piece by piece, so that a long comparison can be measured in
 several short runs; --table prints and stores what FILE has.
 """
@@ -101,8 +102,8 @@ def run(peer: str, job: dict[str, Any]) -> dict[str, Any]:
 def phases(found: dict[str, Any]) -> dict[str, float]:
     """Median seconds of each phase, warm-up left out."""
     if "seconds" in found:
-        return {"seconds": statistics.median(found["seconds"])}
-    names = ("generate", "experience", "train", "step")
+        return {n: statistics.median(found[n]) for n in ("seconds", "cpu_seconds")}
+    names = [kind + n for n in ("generate", "experience", "train", "step") for kind in ("", "cpu_")]
     return {n: statistics.median(step[n] for step in found["steps"][1:]) for n in names}
 
 
@@ -114,8 +115,8 @@ def medians(row: dict[str, Any]) -> dict[str, float]:
 
 def markdown(results: Results) -> str:
     """One line a phase and case, with the ratio and what was aimed at."""
-    lines = ["| case | phase | Sterna, s | TRL, s | ratio | target |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = ["| case | phase | Sterna, s | TRL, s | ratio | target | CPU seconds | ratio |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, row in results.items():
         case, peer, dtype = name.split("/")
         other = results.get(f"{case}/trl/{dtype}")
@@ -123,11 +124,15 @@ def markdown(results: Results) -> str:
             continue
         own, theirs = medians(row), medians(other)
         for phase, seconds in own.items():
+            if phase.startswith("cpu_"):
+                continue
             target = TARGETS.get(case, {}).get(phase)
             said = "" if target is None else f"{target:.0f}x"
             title = "generation" if phase in ("seconds", "generate") else phase
+            cpu, cpu_other = own[f"cpu_{phase}"], theirs[f"cpu_{phase}"]
             lines.append(f"| {case}, {dtype} | {title} | {seconds:.2f} | {theirs[phase]:.2f} | "
-                         f"{theirs[phase] / seconds:.2f}x | {said} |")  # fmt: skip
+                         f"{theirs[phase] / seconds:.2f}x | {said} | {cpu:.2f}, {cpu_other:.2f} | "
+                         f"{cpu_other / cpu:.2f}x |")  # fmt: skip
     return "\n".join(lines)
 
 

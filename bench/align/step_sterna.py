@@ -57,45 +57,59 @@ def recipe(job: dict[str, Any], folder: Path) -> RlRecipe:
     })  # fmt: skip
 
 
+def now() -> tuple[float, float]:
+    """(wall, CPU) seconds; the CPU's are those of all threads of this process."""
+    return time.perf_counter(), time.process_time()
+
+
 def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of each step and its phases."""
     found = []
     with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
         trainer.start()
         while trainer.has_steps():
-            started = time.perf_counter()
+            marks = [now()]
             prompts = trainer.next_prompts()
             rollouts = trainer.generate(prompts)
+            marks.append(now())
             rewards = trainer.reward(prompts, rollouts)
             experience = trainer.make_experience(prompts, rollouts, rewards)
-            made = time.perf_counter() - started
+            marks.append(now())
             trainer.learn(experience)
-            whole = time.perf_counter() - started
+            marks.append(now())
             trainer.after_step(experience)
             assert {len(r.completion) for r in rollouts} == {job["new_tokens"]}
-            found.append({
-                "experience": made, "step": whole, "generate": trainer.last["time/generate"],
-                "train": trainer.last["time/train"], "loss": trainer.last["loss"],
-                "grad_norm": trainer.last["grad_norm"], "reward": trainer.last["reward"],
-                "mismatch": trainer.last["sampling/sampling_logp_difference/max"],
-            })  # fmt: skip
+            keys = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/max")
+            found.append({**spent(marks), **{key: trainer.last[key] for key in keys}})
     return {"steps": found}
+
+
+def spent(marks: list[tuple[float, float]]) -> dict[str, float]:
+    """Wall and CPU seconds of the phases between the marks."""
+    found = {}
+    for i, kind in enumerate(("", "cpu_")):
+        start, made, scored, learnt = (mark[i] for mark in marks)
+        found |= {f"{kind}generate": made - start, f"{kind}experience": scored - start,
+                  f"{kind}train": learnt - scored, f"{kind}step": learnt - start}  # fmt: skip
+    return found
 
 
 def generate(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of `repeats` calls of the engine on the trainer's own weights."""
-    seconds = []
+    seconds, cpu = [], []
     with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
         sampling = Sampling(max_tokens=job["new_tokens"], ignore_eos=True)
         hybrid = trainer.parts.hybrid
         for turn in range(1 + job["repeats"]):
-            started = time.perf_counter()
+            started = now()
             seeds = [turn * 1000 + i for i in range(len(job["prompts"]))]
             rollouts = hybrid.generate(job["prompts"], job["group"], sampling, seeds)
             hybrid.sleep()
-            seconds.append(time.perf_counter() - started)
+            ended = now()
+            seconds.append(ended[0] - started[0])
+            cpu.append(ended[1] - started[1])
             assert {len(r.completion) for r in rollouts} == {job["new_tokens"]}
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[1:], "cpu_seconds": cpu[1:]}
 
 
 def main() -> int:

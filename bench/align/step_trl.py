@@ -22,6 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
+def now() -> tuple[float, float]:
+    """(wall, CPU) seconds; the CPU's are those of all threads of this process."""
+    return time.perf_counter(), time.process_time()
+
+
 class Clock(TrainerCallback):
     """Seconds of every optimizer step, and what was logged."""
 
@@ -33,23 +38,30 @@ class Clock(TrainerCallback):
         """The method with its seconds added to a phase."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = now()
             result = method(*args, **kwargs)
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
+            self.add(name, started)
             return result
 
         return run
 
+    def add(self, name: str, started: tuple[float, float]) -> None:
+        """Wall and CPU seconds since then."""
+        for kind, began, ended in zip(("", "cpu_"), started, now(), strict=True):
+            self.phases[kind + name] = self.phases.get(kind + name, 0.0) + ended - began
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started = now()
         self.phases.clear()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop it."""
-        whole = time.perf_counter() - self._started
-        train = whole - self.phases["experience"]
-        self.steps.append({"step": whole, "train": train, **self.phases})
+        self.add("step", self._started)
+        for kind in ("", "cpu_"):
+            train = self.phases[f"{kind}step"] - self.phases[f"{kind}experience"]
+            self.phases[f"{kind}train"] = train
+        self.steps.append(dict(self.phases))
 
     def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Keep the figures of the step."""
@@ -103,19 +115,21 @@ def steps(job: dict[str, Any], folder: str) -> dict[str, Any]:
 @torch.no_grad()
 def generate(job: dict[str, Any], folder: str) -> dict[str, Any]:
     """Seconds of `repeats` calls of plain generate on all prompts, each `group` times."""
-    model, seconds = load(job).eval(), []
+    model, seconds, cpu = load(job).eval(), [], []
     prompts = torch.tensor([ids for ids in job["prompts"] for _ in range(job["group"])])
     for turn in range(1 + job["repeats"]):
         torch.manual_seed(turn)
-        started = time.perf_counter()
+        started = now()
         found = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0,
             top_k=0, top_p=1.0, max_new_tokens=job["new_tokens"],
             min_new_tokens=job["new_tokens"], pad_token_id=0,
         )  # fmt: skip
-        seconds.append(time.perf_counter() - started)
+        ended = now()
+        seconds.append(ended[0] - started[0])
+        cpu.append(ended[1] - started[1])
         assert found.shape[1] == prompts.shape[1] + job["new_tokens"]
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[1:], "cpu_seconds": cpu[1:]}
 
 
 def main() -> int:

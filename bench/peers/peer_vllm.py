@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -12,6 +13,8 @@ from worker import MAX_CONTEXT, MAX_SEQUENCES, Peer, serve
 
 class VllmPeer(Peer):
     """`LLM.generate` without prefix cache."""
+
+    ignores_end = True
 
     def __init__(self, model: str, threads: int) -> None:
         cores = sorted(os.sched_getaffinity(0))[:threads]
@@ -24,13 +27,18 @@ class VllmPeer(Peer):
             max_model_len=MAX_CONTEXT,
             max_num_seqs=MAX_SEQUENCES,
             enable_prefix_caching=False,
+            **self.settings(),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """More arguments of `LLM`."""
+        return {}
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """See Peer."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=self.ignores_end)
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]

@@ -36,7 +36,7 @@ PER_ROUTE = settings(
 )
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize",
           "/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics",
-          "/engine/state")  # fmt: skip
+          "/engine/state", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tests.parity.test_speculation import (  # noqa: F401 - fixtures
     JOBS,
     SETTINGS,
     VOCAB,
+    check_distribution,
     decoder,
     folder,
     known,
@@ -32,6 +33,7 @@ from sterna.engine.drafters.draft_step import DraftStep, base_rows
 from sterna.engine.drafters.learned import LearnedDrafter
 from sterna.engine.drafters.suffix import SuffixDrafter
 from sterna.kernels.load import load_kernels
+from sterna.model.load import load_model
 from sterna.model.speculator import Speculator, SpeculatorConfig
 
 HIDDEN, INNER = 64, 48
@@ -182,6 +184,14 @@ def test_output_is_that_of_plain_decoding(decoder, settings, cell, monkeypatch):
     sources = {draft.source for step in seen for draft in step.drafts}
     assert cell in sources
     assert not learned._states and not learned._said, "a sequence was not finished"
+
+
+def test_the_distribution_of_sampled_tokens(folder, monkeypatch):  # noqa: F811
+    """With the guesses of a head and of all outputs before."""
+    decoder = load_model(folder, dtype="float32").decoder  # noqa: F811
+    decoder.prepare_inference()
+    head = LearnedDrafter(new_speculator(decoder, "lstm"), decoder, max_num_seqs=48)
+    assert check_distribution(decoder, lambda _: (head, SuffixDrafter()), monkeypatch) > 50
 
 
 def test_more_sequences_than_places_are_drafted_in_parts(decoder):  # noqa: F811

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from sterna.align.config import RlRecipe
 from sterna.align.experience import PerToken
@@ -23,12 +23,12 @@ from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
 from sterna.model.peft import CONFIG_NAME, read_peft
 from sterna.model.save import hf_config
-from sterna.model.value import HEAD_NAME, SCORE, ValueModel
+from sterna.model.value import HEAD_NAME, SCORE, ValueModel, value_hf_config, value_tensors
 from sterna.model.weights import split_parts
 from sterna.quant.adapted import twin
 from sterna.quant.linear import dequantize_decoder
 from sterna.quant.load import load_quantized
-from sterna.train.adapter import adapter_off, add_adapter
+from sterna.train.adapter import adapted_modules, adapter_off, add_adapter
 from sterna.train.adapter_file import adapter_files, load_adapter
 from sterna.train.task import Weights, plain_form
 
@@ -62,6 +62,15 @@ def policy_files(recipe: RlRecipe, policy: Decoder) -> Weights:
         for pair in split_parts(own, parameter.detach(), names, policy.config)
     )
     return Weights(tensors, hf_config(policy), {})
+
+
+def value_files(model: ValueModel, base: str) -> Weights:
+    """A value model's folder; of an adapted trunk, the adapter on `base` with the score beside."""
+    trunk = model.trunk
+    if not any(True for _ in adapted_modules(trunk)):
+        return Weights(value_tensors(model), value_hf_config(model), {})
+    head = save({SCORE: model.score.detach().cpu()}, metadata={"format": "pt"})
+    return Weights((), {}, {**adapter_files(trunk, base), HEAD_NAME: head})
 
 
 def without_adapter(policy: Decoder, scored: PerToken) -> PerToken:

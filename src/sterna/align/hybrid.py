@@ -28,6 +28,7 @@ from sterna.align.rollout_weights import RolloutCopy
 from sterna.align.siblings import DraftCount, SiblingDrafter
 from sterna.core.errors import SternaError, TrainError
 from sterna.engine.config import EngineConfig
+from sterna.engine.costfile import measure
 from sterna.engine.engine import Engine
 from sterna.engine.request import (
     Delta,
@@ -36,7 +37,6 @@ from sterna.engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from sterna.engine.stepcost import measure_cost
 from sterna.model.decoder import Decoder
 from sterna.quant.formats import WeightFormat, parse_format
 from sterna.text.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ class HybridEngine:
             limit = engine.limits.max_pool_tokens
             rows = min(engine.config.max_draft_rows, limit)
             longest = min(engine.limits.max_model_len, limit)
-            engine.speculator.cost = measure_cost(engine.runner.run_verify_probe, rows, longest)
+            engine.speculator.cost = measure(engine.runner.run_verify_probe, rows, longest).cost()
 
     def _run(self, requests: Sequence[EngineRequest]) -> Mapping[tuple[str, int], _Growing]:
         found: dict[tuple[str, int], _Growing] = {}

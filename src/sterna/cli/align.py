@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,9 +91,12 @@ def _read(arguments: tuple[str, ...]) -> RlRecipe | AlignRecipe:
 def _run(recipe: RlRecipe, resume: bool, as_json: bool) -> int:
     from sterna.align.rl import align_rl
 
-    if not as_json:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and not as_json:
         _print_changes(recipe)
     result = align_rl(recipe, resume=resume)
+    if not is_main:
+        return EXIT_OF.get(result.outcome, 0)
     if as_json:
         print(json.dumps(_as_dict(result)))
     else:

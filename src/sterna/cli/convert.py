@@ -107,7 +107,7 @@ def _convert(
         "kind": "distill",
         "distill": {"kind": "swiftkv"},
         "data": {"sources": [{"path": path, "epochs": 0} for path in data]},
-        "schedule": {"warmup_steps": steps // 20},
+        "schedule": {"warmup_steps": _warm_up(folder, steps)},
         "run": {"output": folder},
         "eval": often,
         "checkpoint": often,
@@ -120,6 +120,17 @@ def _convert(
     _publish(folder, output, quality, max_drop)
     print(f"{output}: {_describe(quality)}")
     return 0
+
+
+def _warm_up(folder: Path, steps: int) -> int:
+    """A twentieth of the steps; what it began with where a run goes on, perhaps with more steps."""
+    from sterna.train.checkpoint import newest
+
+    kept = newest(folder / "checkpoints") if (folder / "checkpoints").exists() else None
+    if kept is None:
+        return steps // 20
+    recipe = json.loads((kept / "trainer.json").read_text())["recipe"]
+    return int(recipe["schedule"]["warmup_steps"])
 
 
 def _require(quality: StudentQuality | None, max_drop: float, folder: Path) -> None:

@@ -6,16 +6,13 @@ A table knows how many rows it has, which rows are read together (`blocks`), whe
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sterna.core.digest import file_digest
 from sterna.core.errors import DataError
-
-_WHOLE = 1 << 28  # files up to 256 MiB are hashed whole (about 0.3 s)
-_PIECE, _PIECES = 1 << 16, 1024
 
 
 class Table(ABC):
@@ -53,23 +50,7 @@ class Table(ABC):
 
     def fingerprint(self) -> str:
         """A hash of the content."""
-        return fingerprint(self.path)
-
-
-def fingerprint(path: Path) -> str:
-    """Size and blake2b of a file; over 256 MiB of 1,024 pieces of 64 KiB spread over it, so a
-    change that keeps the size can stay unseen there."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        else:
-            for number in range(_PIECES):
-                file.seek((size - _PIECE) * number // (_PIECES - 1))
-                digest.update(file.read(_PIECE))
-    return f"{size}:{digest.hexdigest()}"
+        return file_digest(self.path)
 
 
 def nothing_in(path: Path, what: str) -> DataError:

@@ -119,6 +119,14 @@ class AdapterTable:
         if not entry.num_requests and entry in self.leaving:
             self.leaving.remove(entry)
 
+    def names_in_flight(self) -> tuple[str, str]:
+        """For metrics: adapters that requests under way have, comma-separated; and "".
+
+        Requests that wait are counted with those that run: both hold the adapter.
+        """
+        entries = (*self.loaded.values(), *self.leaving)
+        return ",".join(sorted({e.name for e in entries if e.num_requests})), ""
+
     def _free_slot(self) -> int:
         taken = {entry.slot for entry in (*self.loaded.values(), *self.leaving)}
         free = next((slot for slot in range(self.num_slots) if slot not in taken), None)

@@ -53,11 +53,19 @@ class _Abort:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Do:
+    """Work for the engine's thread between two steps; the future gets what comes of it."""
+
+    act: Callable[[], object]
+    done: asyncio.Future[object]
+
+
 class _Stop:
     """Ends the engine's thread; what still runs is aborted."""
 
 
-_Command = _Add | _Abort | _Stop
+_Command = _Add | _Abort | _Do | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,19 @@ class AsyncEngine:
         finally:
             if not stream.is_finished:
                 self._commands.put(_Abort(request.request_id))
+
+    async def between_steps(self, act: Callable[[], object]) -> object:
+        """What `act` returns, called by the engine's thread between two steps; raises its errors.
+
+        ShuttingDownError, EngineDownError where no step follows.
+        """
+        if self._failure is not None:
+            raise self._down_error()
+        if self._is_draining or self._loop is None:
+            raise ShuttingDownError("the server is shutting down; ask another one")
+        done: asyncio.Future[object] = self._loop.create_future()
+        self._commands.put(_Do(act, done))
+        return await done
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output. Nothing happens if it has ended."""
@@ -310,6 +331,8 @@ class AsyncEngine:
                 return False
             if isinstance(command, _Add):
                 self._add(command.request)
+            elif isinstance(command, _Do):
+                self._do(command)
             else:
                 last = self.engine.abort(command.request_id)
                 self._publish([last] if last is not None else [])
@@ -322,6 +345,14 @@ class AsyncEngine:
         finally:
             self._num_taken += 1
             self._tokens_taken += len(request.prompt_token_ids)
+
+    def _do(self, command: _Do) -> None:
+        try:
+            result = command.act()
+        except Exception as error:  # noqa: BLE001 - the caller's, the engine goes on
+            self._call(_settle, command.done, None, error)
+        else:
+            self._call(_settle, command.done, result, None)
 
     def _abort_all(self) -> None:
         lasts = [self.engine.abort(request_id) for request_id in self.engine.request_ids]
@@ -340,3 +371,12 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
             log.debug("the event loop is closed; outputs are dropped")
+
+
+def _settle(done: asyncio.Future[object], result: object, error: Exception | None) -> None:
+    if done.cancelled():
+        return
+    if error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(result)

@@ -2,9 +2,10 @@
 
 A head on the model's states takes a tenth of a decode step, asked in vain as well. Its gain is the
 plain seconds of the tokens that came true, less the seconds of the rows that it took to verify
-them. A drafter that gained less than it took over FIRST_ASKS proposals (ASKS where
-it paid before) pauses, each time for twice as many steps; one that pays is asked at every step
-again. Drafters whose time is nothing beside a step (suffix: microseconds) are always asked.
+them. A drafter that gained less than it took over FIRST_ASKS proposals (ASKS where it paid before),
+or by the time that asking took MAX_SPENT plain steps, pauses, each time for twice as many steps;
+one that pays is asked at every step again. Drafters whose time is nothing beside a step (suffix:
+microseconds) are always asked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Final
 
 FIRST_ASKS, ASKS = 16, 64
 PAUSE, MAX_PAUSE = 64, 4096
+# In a batch of 32 a head takes a quarter of a step: known to be too much after six proposals.
+MAX_SPENT: Final = 1.5
 # Of a step's seconds: less is not counted.
 NOTHING: Final = 0.01
 
@@ -34,7 +37,8 @@ class Asking:
 
     def note_ask(self, seconds: float, step_s: float) -> None:
         """A proposal took `seconds`, where a step without drafts takes `step_s`."""
-        if self._num_asks == self._asks:
+        is_dear = self._spent > MAX_SPENT * step_s and self._asks == FIRST_ASKS
+        if self._num_asks == self._asks or is_dear:
             self._judge()
         self._num_asks += 1
         self._spent += min(seconds, step_s)  # a pause of the machine is not the drafter's

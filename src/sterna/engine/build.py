@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,15 @@ from sterna.core.machine import fingerprint
 from sterna.engine.adapters import AdapterTable, add_slots, parse_pairs
 from sterna.engine.budget import StepCurve, choose_budget, load_curve, measure_curve, save_curve
 from sterna.engine.config import EngineConfig
+from sterna.engine.costfile import review, tuned
 from sterna.engine.drafters.base import Drafter
 from sterna.engine.drafters.choose import build_drafters
+from sterna.engine.drafters.identity import model_identity
 from sterna.engine.drafters.learned import LearnedDrafter
+from sterna.engine.drafters.suffix import SuffixDrafter
 from sterna.engine.engine import Engine, buffer_tokens
 from sterna.engine.memory import EngineShape, engine_shape
-from sterna.engine.stepcost import StepCost, load_cost, measure_cost, save_cost
+from sterna.engine.speculate import Speculator
 from sterna.engine.structured import GrammarCompiler
 from sterna.engine.task import resolve_task
 from sterna.kernels.device import check_device, set_threads
@@ -53,7 +57,6 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
         )
     check_device(config.device)
     set_threads(1)  # idle kernel threads would spin on the core that the imports need
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with ThreadPoolExecutor(1) as beside:  # loading weights leaves a core to the tokenizer
         tokenizer_loading = beside.submit(load_tokenizer, path)
         decoder = load_weights(model, path, config)
@@ -62,15 +65,17 @@ def build_engine(model: str, config: EngineConfig) -> Engine:
     decoder.prepare_inference()
     shape = engine_shape(decoder, config)
     grammars = GrammarCompiler(tokenizer, shape.vocab_size)
-    key = _curve_key(path, dtype, weights_of(model, config), config)
-    drafters = build_drafters(config, tokenizer, decoder, f"{path.resolve()} {shape.vocab_size}")
+    key = _curve_key(decoder, config)
+    identity = model_identity(path, tokenizer) if config.draft_cache else ""
+    drafters = build_drafters(config, tokenizer, decoder, identity)
     adapters = load_adapters(decoder, config, shape)
     engine = Engine(decoder, tokenizer, config, shape, grammars, drafters, adapters)
+    engine.on_close.extend(d.save for d in drafters if isinstance(d, SuffixDrafter))
     start_learning(engine, drafters)
     if config.token_budget is None:
         tune_budget(engine, key)
     if engine.speculator is not None:
-        engine.speculator.cost = tune_cost(engine, key)
+        tune_cost(engine, engine.speculator, key)
     return engine
 
 
@@ -174,28 +179,22 @@ def tune_budget(engine: Engine, key: str) -> StepCurve:
     return curve
 
 
-def tune_cost(engine: Engine, key: str) -> StepCost:
-    """What a step costs by its rows, for speculation; measured earlier or now."""
-    cost = load_cost(key)
-    origin = "measured earlier"
-    if cost is None:
-        origin = "measured now"
-        max_rows = min(engine.config.max_draft_rows, engine.limits.max_pool_tokens)
-        longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
-        cost = measure_cost(engine.runner.run_verify_probe, max_rows, longest)
-        save_cost(key, cost)
-    log.info("step by output rows (%s): %s", origin, cost.line())
-    return cost
+def tune_cost(engine: Engine, speculator: Speculator, key: str) -> None:
+    """What a step costs by its rows, for speculation; kept ones if real steps do not contradict."""
+    longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
+    max_rows = min(engine.config.max_draft_rows, engine.limits.max_pool_tokens)
+    speculator.cost = tuned(key, engine.runner.run_verify_probe, max_rows, longest)
+    engine.on_close.append(lambda: review(key, speculator.cost))
 
 
-def _curve_key(path: Path, dtype: str, weights: str, config: EngineConfig) -> str:
-    size = path.stat().st_size if path.is_file() else (path / "config.json").stat().st_size
+def _curve_key(decoder: Decoder, config: EngineConfig) -> str:
+    """What step times depend on. Not the folder: a model that is trained on costs the same."""
     facts = (
         __version__,
         fingerprint().line(),
-        f"{path.resolve()} {size}",
-        dtype,
-        f"weights={weights}",
+        hashlib.blake2b(repr(decoder.config).encode(), digest_size=8).hexdigest(),
+        str(decoder.dtype),
+        describe_weights(decoder),
         f"activations={config.activations}",
         config.device,
         f"{torch.get_num_threads()} threads",

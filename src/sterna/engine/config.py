@@ -92,7 +92,9 @@ class EngineConfig(BaseModel):
         256 << 20, ge=0, description="memory for past outputs that guesses come from; 0 = none"
     )
     draft_cache: str | None = Field(
-        None, description="file that keeps past outputs over restarts (they hold users' text)"
+        None,
+        description="file that keeps past outputs over restarts, written when the engine closes "
+        "(they hold users' text); None = nothing is kept",
     )
     num_draft_tokens: int = Field(32, gt=0, le=256, description="longest draft of a sequence")
     max_draft_rows: int = Field(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 # A drafter that raised so often is dropped.
 MAX_FAILURES = 8
-EMA = 0.05
+# So many drafted steps, then one without: what drafts are to be better than is measured, too.
+PLAIN_EVERY = 128
 # Drafted steps behind a verdict of the guard, and for how many steps it pauses (doubled each time).
 GUARD_STEPS, PAUSE_STEPS, MAX_PAUSE = 32, 64, 4096
 
@@ -93,6 +94,7 @@ class Speculator:
         self._hidden: Tensor | None = None
         self._asking: dict[str, Asking] = {}
         self._asked_s = 0.0  # how long drafters took before this step
+        self._num_drafted_steps = 0  # since one without drafts
         self._batch: Batch | None = None  # the last one that drafts were asked for
 
     def propose(self, scheduler: Scheduler) -> None:
@@ -101,7 +103,7 @@ class Speculator:
         self._asked_s = 0.0
         decodes = [seq for seq in scheduler.running if seq.may_draft]
         seqs = [seq for seq in decodes if self._limit(seq) > 0]
-        if not seqs or self.guard.is_paused():
+        if not seqs or self.guard.is_paused() or self._num_drafted_steps >= PLAIN_EVERY:
             return
         others = min(
             scheduler.num_pending_prompt_tokens, max(0, scheduler.token_budget - len(decodes))
@@ -137,9 +139,10 @@ class Speculator:
         if draft is not None and num_drafts:
             self._note_result(seq, draft, tokens, num_drafts)
         for drafter in list(self.drafters):
-            if isinstance(drafter, ReadsHidden) and self._hidden is not None:
+            reader = _reader(drafter)
+            if reader is not None and self._hidden is not None:
                 states = self._hidden[row : row + len(tokens)]
-                self._guarded(drafter, drafter.observe, seq, states)
+                self._guarded(drafter, reader.observe, seq, states)
             self._guarded(drafter, drafter.extend, seq, tokens)
 
     def finish(self, seq: EngineSequence) -> None:
@@ -167,7 +170,10 @@ class Speculator:
         if step.num_draft_tokens:
             plain_s = self.cost.seconds(len(step.chunks), plain_keys)
             self.guard.note(num_tokens, len(step.chunks), seconds, plain_s)
-        self.cost.note(rows, keys, max(seconds - self._asked_s, 0.5 * seconds))
+        has_drafts = bool(step.num_draft_tokens)
+        self._num_drafted_steps = self._num_drafted_steps + 1 if has_drafts else 0
+        own_s = max(seconds - self._asked_s, 0.5 * seconds)
+        self.cost.note(rows, keys, own_s, has_drafts=has_drafts)
 
     def take_results(self) -> tuple[DraftResult, ...]:
         """Drafts verified since the last call."""
@@ -209,9 +215,10 @@ class Speculator:
         """0 for those that have more already than this drafter could give, all 0 in a pause."""
         if not self._asking.setdefault(drafter.name, Asking()).is_due():
             return [0] * len(seqs)
-        if not isinstance(drafter, ReadsHidden):
+        reader = _reader(drafter)
+        if reader is None:
             return limits
-        most = drafter.num_drafts
+        most = reader.num_drafts
         pairs = zip(seqs, limits, strict=True)
         return [0 if scores.get(seq, 0.0) >= most else limit for seq, limit in pairs]
 
@@ -252,6 +259,11 @@ class Speculator:
         if count >= MAX_FAILURES and drafter in self.drafters:
             self.drafters.remove(drafter)
             log.error("drafter %s failed %d times and is off", drafter.name, count)
+
+
+def _reader(drafter: Drafter) -> ReadsHidden | None:
+    """isinstance of a protocol takes microseconds, and this is asked for every token."""
+    return cast(ReadsHidden, drafter) if hasattr(drafter, "observe") else None
 
 
 def _trimmed(seq: EngineSequence, draft: Draft, limit: int) -> Draft:

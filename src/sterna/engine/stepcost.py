@@ -1,36 +1,33 @@
-"""What a step with N rows costs on this machine: measured, for the decision how much to guess.
+"""What a step with N rows costs on this machine: for the decision how much to guess.
 
-    seconds(N, K) = level * (base[N] + per_key[N] / N * K)
+    seconds(N, K) = level * shape[N] * (base[N] + per_key[N] / N * K)
 
 N rows, all of them output rows; K is the sum over the rows of the keys each of them reads. `base`
-and `per_key` are interpolated between sizes that were timed at start at a short and at a long
-context; `level` follows the real steps (a busy machine, slow memory), so that estimates and real
-durations can be compared. Decisions use ratios only, in which it cancels.
+and `per_key` are interpolated between sizes timed at start (costfile.py). Real steps correct both
+factors. `level`: how busy the machine is, all sizes alike; from steps without drafts only, or rows
+that cost more than was measured would pass for a busy machine. `shape`: sizes that prove dearer or
+cheaper than others. Decisions use ratios, in which `level` cancels; it makes estimates and real
+durations comparable.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
-from sterna.core.log import get_logger
-from sterna.core.rundir import home, write_atomic
-
-log = get_logger(__name__)
-
-# Sizes timed at start. Matrix kernels change their blocking at 4 and 8 rows.
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
-LIMIT_S = 1.0
-ROUNDS = 5
-# Weight of a new step in the level, and how far one step may move it: a process that was paused
-# shows a step of minutes.
-LEVEL_WEIGHT, LEVEL_CLIP = 0.05, 1.5
+# Weight of a step without drafts in both factors: what changes the level also moves the shape of
+# the sizes in use, a machine twice as slow by 4%. And of one with drafts in the shape.
+LEVEL_WEIGHT, SHAPE_WEIGHT = 0.2, 0.01
+DRAFTED_WEIGHT = 0.05
+# How far one step may move them (a process that was paused shows a step of minutes), and how far
+# the shape may go.
+CLIP: Final = 1.5
+MAX_SHAPE: Final = 4.0
+# Steps of a size before its shape is taken for known.
+KNOWN: Final = 64.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,98 +49,70 @@ class StepCost:
     def __init__(self, points: Sequence[CostPoint] = UNMEASURED) -> None:
         self.points = tuple(points)
         self.level = 1.0
+        self._sizes = [p.num_rows for p in points]
         self._base = _interpolate([(p.num_rows, p.seconds) for p in points])
         self._per_key = _interpolate([(p.num_rows, p.per_key) for p in points])
+        self._learned = [1.0] * len(points)
+        self._shape = [1.0] * len(points)  # `_learned`, so that no size costs less than a smaller
+        self._seen = [0.0] * len(points)
 
     def seconds(self, num_rows: int, num_keys: int) -> float:
         """Of a step whose rows read `num_keys` keys in all."""
         num_rows = max(num_rows, 1)
         per_row_key = _at(self._per_key, num_rows) / num_rows
-        return self.level * (_at(self._base, num_rows) + per_row_key * num_keys)
+        i, j, share = self._place(num_rows)
+        shape = (1 - share) * self._shape[i] + share * self._shape[j]
+        return self.level * shape * (_at(self._base, num_rows) + per_row_key * num_keys)
 
-    def note(self, num_rows: int, num_keys: int, seconds: float) -> None:
-        """Take the duration of a real step of decodes and their drafts."""
+    def note(
+        self, num_rows: int, num_keys: int, seconds: float, *, has_drafts: bool = False
+    ) -> None:
+        """Take the duration of a real step of decodes and perhaps their drafts."""
         ratio = seconds / self.seconds(num_rows, num_keys)
-        ratio = min(max(ratio, 1 / LEVEL_CLIP), LEVEL_CLIP)
-        self.level *= 1 + LEVEL_WEIGHT * (ratio - 1)
+        excess = min(max(ratio, 1 / CLIP), CLIP) - 1
+        if not has_drafts:
+            self.level *= 1 + LEVEL_WEIGHT * excess
+        rate = DRAFTED_WEIGHT if has_drafts else SHAPE_WEIGHT
+        i, j, share = self._place(max(num_rows, 1))
+        for at, weight in ((i, 1 - share), (j, share)):
+            learned = self._learned[at] * (1 + rate * weight * excess)
+            self._learned[at] = min(max(learned, 1 / MAX_SHAPE), MAX_SHAPE)
+            self._seen[at] += weight
+        self._shape_up()
+
+    def departure(self) -> float:
+        """How much dearer one size proved against another than was measured, at most; 1 = as
+        measured, or too few steps to tell.
+        """
+        known = [x for x, n in zip(self._learned, self._seen, strict=True) if n >= KNOWN]
+        return max(known) / min(known) if known else 1.0
 
     def line(self) -> str:
         """For the log."""
         return ", ".join(f"{p.num_rows}: {p.seconds * 1e3:.1f} ms" for p in self.points)
 
+    def _place(self, num_rows: int) -> tuple[int, int, float]:
+        """The measured sizes around: numbers of both, and the share of the second."""
+        j = bisect_left(self._sizes, num_rows)
+        if j == 0 or j == len(self._sizes):
+            j = min(j, len(self._sizes) - 1)
+            return j, j, 0.0
+        low, high = self._sizes[j - 1], self._sizes[j]
+        return j - 1, j, (num_rows - low) / (high - low)
 
-def measure_cost(run: Callable[[int, int], None], max_rows: int, max_context: int) -> StepCost:
-    """Time `run(num_rows, num_keys)`: one sequence, `num_keys` cached tokens, all rows output rows.
-
-    In rounds over all sizes for at most about LIMIT_S; the best of up to ROUNDS each, as a shared
-    machine is slow for a second at a time. Costs never fall with the size: a step can be padded.
-    """
-    sizes = [size for size in SIZES if size <= max_rows]
-    long = max(0, min(LONG_CONTEXT, max_context - max(sizes)))
-    short = min(SHORT_CONTEXT, long)
-    best: dict[tuple[int, int], float] = {}
-    deadline = time.monotonic() + LIMIT_S
-    for round_idx in range(ROUNDS):
-        for job in [(size, keys) for size in sizes for keys in (short, long)]:
-            if round_idx and time.monotonic() + best[job] > deadline:
-                continue
-            start = time.perf_counter()
-            run(*job)
-            seconds = max(time.perf_counter() - start, 1e-9)
-            best[job] = min(best.get(job, seconds), seconds)
-    return StepCost(_points(best, sizes, short, long))
-
-
-def load_cost(key: str) -> StepCost | None:
-    """What was measured earlier under `key`, or None (also when the file is damaged)."""
-    try:
-        kept = json.loads(_path(key).read_text())["points"]
-        points = [
-            CostPoint(int(p["num_rows"]), float(p["seconds"]), float(p["per_key"])) for p in kept
-        ]
-        is_sound = points[0].num_rows == 1 and all(p.seconds > 0 <= p.per_key for p in points)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
-    return StepCost(points) if is_sound else None
-
-
-def save_cost(key: str, cost: StepCost) -> None:
-    """Keep a measurement. A folder that cannot be written costs a new one next time."""
-    data = {"key": key, "points": [asdict(point) for point in cost.points]}
-    try:
-        write_atomic(_path(key), json.dumps(data, indent=1))
-    except OSError as error:
-        log.warning("measured step costs are not kept: %s", error)
-
-
-def _path(key: str) -> Path:
-    name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    return home() / "stepcost" / f"{name}.json"
-
-
-def _points(
-    best: dict[tuple[int, int], float], sizes: Sequence[int], short: int, long: int
-) -> list[CostPoint]:
-    points: list[CostPoint] = []
-    for size in sizes:
-        per_key = max(0.0, best[size, long] - best[size, short]) / max(long - short, 1)
-        seconds = max(best[size, short] - per_key * short, 0.1 * best[size, short])
-        floor = points[-1] if points else CostPoint(0, 0.0)
-        points.append(CostPoint(size, max(seconds, floor.seconds), max(per_key, floor.per_key)))
-    return points
+    def _shape_up(self) -> None:
+        floor = 0.0
+        for i, point in enumerate(self.points):
+            floor = max(floor, self._learned[i] * point.seconds)
+            self._shape[i] = floor / point.seconds
 
 
 def _interpolate(pairs: Sequence[tuple[int, float]]) -> list[float]:
     """A table from 0 to the last size."""
     sizes = [size for size, _ in pairs]
-    table = []
-    for n in range(sizes[-1] + 1):
-        i = min(max(bisect_left(sizes, n), 1), len(pairs) - 1) if len(pairs) > 1 else 0
-        if i == 0 or n < sizes[0]:
-            table.append(pairs[0][1])
-            continue
-        (low, a), (high, b) = pairs[i - 1], pairs[i]
-        table.append(a + (b - a) * (n - low) / (high - low))
+    table = [pairs[0][1]] * (sizes[0] + 1)
+    for (low, a), (high, b) in pairwise(pairs):
+        table += [a + (b - a) * (n - low) / (high - low) for n in range(low + 1, high + 1)]
     return table
 
 

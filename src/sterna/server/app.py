@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from sterna.server import pages, replies, schema, status
+from sterna.server.adapters import answer_load, answer_unload
 from sterna.server.auth import ApiKeys, AuthMiddleware
 from sterna.server.chat import answer_chat
 from sterna.server.completions import answer_completion
@@ -127,6 +128,18 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @post("/v1/completions", schema.CompletionBody, replies.CompletionReply)
     async def completions(request: Request) -> Response:
         return await answer_completion(service, request)
+
+    def change(path: str, body: type[schema.Body]) -> _Decorator:
+        answers, extra = responses_of(None, 400, 401, 413, 503), body_of(body)
+        return app.post(path, response_class=Response, responses=answers, openapi_extra=extra)
+
+    @change("/v1/load_lora_adapter", schema.LoadAdapterBody)
+    async def load_adapter(request: Request) -> Response:
+        return await answer_load(service, request)
+
+    @change("/v1/unload_lora_adapter", schema.UnloadAdapterBody)
+    async def unload_adapter(request: Request) -> Response:
+        return await answer_unload(service, request)
 
     @post("/tokenize", schema.TokenizeBody, replies.TokenizeReply)
     async def tokenize(request: Request) -> Response:

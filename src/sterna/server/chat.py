@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from sterna.core.errors import RequestError, SternaError
 from sterna.engine.request import Delta, EngineRequest, FinishReason, RequestOutput, TokenLogprob
+from sterna.server.adapters import route
 from sterna.server.convert import deadline, sampling_params, structured_spec
 from sterna.server.errors import sterna_error_body
 from sterna.server.generation import Generation
@@ -107,7 +108,7 @@ async def answer_chat(service: Service, request: Request) -> Response:
 
 
 async def _prepare(service: Service, body: ChatBody) -> ChatJob:
-    model = service.model.check(body.model)
+    model, adapter = route(service, body.model)
     plan = plan_tools(body, service.tool_style)
     _check_fields(body)
     service.engine.check_room()
@@ -130,6 +131,7 @@ async def _prepare(service: Service, body: ChatBody) -> ChatJob:
             structured=merge_constraints(structured_spec(body), plan),
         ),
         cache_salt=body.cache_salt or "",
+        adapter=adapter,
         priority=body.priority,
         deadline_s=deadline(body, service.config),
     )

@@ -19,6 +19,7 @@ from sterna.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from sterna.server.adapters import route
 from sterna.server.chat import check_stream_fields
 from sterna.server.convert import deadline, sampling_params, structured_spec
 from sterna.server.errors import sterna_error_body
@@ -123,7 +124,7 @@ async def answer_completion(service: Service, request: Request) -> Response:
 
 
 async def _prepare(service: Service, body: CompletionBody) -> CompletionJob:
-    model = service.model.check(body.model)
+    model, adapter = route(service, body.model)
     check_stream_fields(body.stream, body.stream_options, body.prompt_logprobs)
     service.engine.check_room()
     prompts, texts = await _prompts(service, body)
@@ -137,6 +138,7 @@ async def _prepare(service: Service, body: CompletionBody) -> CompletionJob:
             prompt_token_ids=prompt,
             params=params,
             cache_salt=body.cache_salt or "",
+            adapter=adapter,
             priority=body.priority,
             deadline_s=limit_s,
         )

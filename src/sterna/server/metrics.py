@@ -54,6 +54,7 @@ class ServerMetrics:
         self.waiting = self._gauge("num_requests_waiting", "Requests in the queue.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.")
         self._learning: dict[str, Gauge] = {}
+        self._adapters: Gauge | None = None
 
     def _counters(self) -> None:
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
@@ -113,6 +114,19 @@ class ServerMetrics:
             (*labels, "model_name"),
             registry=self.registry,
         ).labels(**labels, model_name=self._model_name).set(1)
+
+    def note_adapters(self, places: int, running: str, waiting: str) -> None:
+        """vLLM's `lora_requests_info`: names in labels, the time of the reading as value."""
+        if self._adapters is None:
+            self._adapters = Gauge(
+                f"{self._prefix}:lora_requests_info",
+                "Adapters of requests: places, running and waiting names.",
+                ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+                registry=self.registry,
+            )
+        self._adapters.clear()
+        labels = (self._model_name, str(places), running, waiting)
+        self._adapters.labels(*labels).set(time.time())
 
     def succeeded(self, reason: str) -> None:
         """Count one finished sequence."""

@@ -20,6 +20,8 @@ BODIES = (
     schema.CompletionBody,
     schema.TokenizeBody,
     schema.DetokenizeBody,
+    schema.LoadAdapterBody,
+    schema.UnloadAdapterBody,
     schema_embed.EmbeddingBody,
     schema_embed.RerankBody,
     schema_embed.ScoreBody,

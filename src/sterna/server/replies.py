@@ -151,7 +151,7 @@ class ModelCard(Reply):
     created: int
     owned_by: Literal["sterna"] = "sterna"
     root: str
-    parent: None = None
+    parent: str | None = None  # an adapter's base model
     max_model_len: int
 
 

@@ -247,3 +247,17 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: TokenIds
+
+
+class LoadAdapterBody(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=200, description="what requests ask for")
+    lora_path: str = Field(min_length=1, description="folder of PEFT's files on this machine")
+
+
+class UnloadAdapterBody(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=200, description="a loaded adapter")
+    lora_int_id: int | None = Field(None, description=IGNORED)

@@ -23,12 +23,15 @@ _PERSON_LIMIT = 2**53  # JavaScript's largest exact integer
 
 def list_models(service: Service | EmbedService) -> Response:
     """GET /v1/models."""
-    return _json(ModelList(data=[_card(service, name) for name in service.model.names]).to_json())
+    names = (*service.model.names, *_adapters(service))
+    return _json(ModelList(data=[_card(service, name) for name in names]).to_json())
 
 
 def show_model(service: Service | EmbedService, name: str) -> Response:
     """GET /v1/models/{id}; UnknownModelError for a model that is not served."""
-    return _json(_card(service, service.model.check(name)).to_json())
+    if name not in _adapters(service):
+        service.model.check(name)
+    return _json(_card(service, name).to_json())
 
 
 def show_version() -> Response:
@@ -56,6 +59,9 @@ def show_metrics(service: Service | EmbedService) -> Response:
     learning = _learn_stats(service)
     if learning is not None:
         metrics.note_learning(learning)
+    if isinstance(service, Service) and service.engine.engine.adapters is not None:
+        table = service.engine.engine.adapters
+        metrics.note_adapters(table.num_slots, *table.names_in_flight())
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
@@ -106,10 +112,21 @@ def _since(request: Request) -> int:
 
 
 def _card(service: Service | EmbedService, name: str) -> ModelCard:
-    model = service.model
+    model, path = service.model, _adapters(service).get(name)
     return ModelCard(
-        id=name, created=model.created, root=model.root, max_model_len=model.max_model_len
+        id=name,
+        created=model.created,
+        root=path or model.root,
+        parent=None if path is None else model.names[0],
+        max_model_len=model.max_model_len,
     )
+
+
+def _adapters(service: Service | EmbedService) -> dict[str, str]:
+    """Name -> folder of the adapters that requests may name."""
+    table = service.engine.engine.adapters if isinstance(service, Service) else None
+    loaded = () if table is None else tuple(table.loaded.values())
+    return {entry.name: entry.path for entry in loaded}
 
 
 def _json(body: bytes) -> Response:

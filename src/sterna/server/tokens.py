@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sterna.core.errors import RequestError
+from sterna.server.adapters import route
 from sterna.server.replies import DetokenizeReply, TokenizeReply
 from sterna.server.schema import DetokenizeBody, TokenizeBody
 from sterna.server.service import Service
@@ -14,7 +15,7 @@ from sterna.server.service import Service
 async def answer_tokenize(service: Service, request: Request) -> Response:
     """Token ids of a text or of a rendered conversation."""
     body = await service.body(TokenizeBody, request)
-    service.model.check(body.model)
+    route(service, body.model)
     ids = await _ids(service, body)
     texts = [service.prompts.tokenizer.token_text(i) for i in ids]
     reply = TokenizeReply(
@@ -29,7 +30,7 @@ async def answer_tokenize(service: Service, request: Request) -> Response:
 async def answer_detokenize(service: Service, request: Request) -> Response:
     """The text of token ids, special tokens included."""
     body = await service.body(DetokenizeBody, request)
-    service.model.check(body.model)
+    route(service, body.model)
     reply = DetokenizeReply(prompt=await service.prompts.decode(body.tokens))
     return Response(reply.to_json(), media_type="application/json")
 

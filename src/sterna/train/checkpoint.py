@@ -162,7 +162,10 @@ def publish(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     if weights is not None:
-        save_tensors(weights.tensors, weights.config, work)
+        if weights.config:
+            save_tensors(weights.tensors, weights.config, work)
+        for name, content in weights.files.items():
+            write_atomic(work / name, content)
     for path in checkpoint.iterdir():
         is_kept = path.name not in (MARKER, META) if weights is None else path.name in files
         if path.is_file() and is_kept:

@@ -42,7 +42,7 @@ SETTINGS = {
 class Kept(Trained):
     """Keeps the gradients instead of using them."""
 
-    def update(self, lr, what):
+    def update(self, lr, what, ranks=1):
         of = self.gradients.of
         found = [of(w).flatten().clone() for w in self.model.parameters() if of(w) is not None]
         self.model.kept = torch.cat(found)

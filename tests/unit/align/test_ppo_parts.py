@@ -124,7 +124,9 @@ def test_an_adapters_average_is_an_adapter(tmp_path):
     )
     assert one.keys() == other.keys()
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert not (tmp_path / "run/critic").exists()  # it shares the policy's base
+    names = {path.name for path in (tmp_path / "run/critic").iterdir()}
+    assert {"adapter_model.safetensors", "value_head.safetensors"} <= names
+    assert "model.safetensors" not in names  # it shares the policy's base
 
 
 def test_warm_up_trains_the_critic_alone(tmp_path):

@@ -15,6 +15,7 @@ from sterna.align.dump import read_dump
 from sterna.align.replay import replay
 from sterna.align.rl import align_rl
 from sterna.align.rlhooks import RlHook
+from sterna.align.tasks.arithmetic import Arithmetic
 from sterna.core.errors import ConfigError, NonFiniteError, RewardError, TrainError
 from sterna.core.rundir import FolderLock
 from sterna.kernels.load import load_kernels
@@ -60,20 +61,40 @@ def test_the_first_update_starts_at_ratio_one_and_kl_zero(tmp_path, kind):
     assert line["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "reinforce", "ppo"])
-def test_rewards_rise(tmp_path, kind):
-    settings = {"steps": 24, "samples": 0}
+def gold(samples):
+    """Not rewarded, but implied by it in part."""
+    return [float((s.rollout.completion < 120).mean()) for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [("grpo", 0), ("rloo", 1), ("reinforce", 2), ("ppo", 0)]
+    + [
+        pytest.param(kind, seed, marks=pytest.mark.slow)
+        for kind in ("grpo", "rloo", "reinforce", "ppo")
+        for seed in (0, 1, 2)
+        if (kind, seed) not in (("grpo", 0), ("rloo", 1), ("reinforce", 2), ("ppo", 0))
+    ],
+)
+def test_rewards_rise(tmp_path, monkeypatch, kind, seed):
+    """The last tenth against the first; what is not rewarded rises too; KL stays in a band."""
+    monkeypatch.setattr(Arithmetic, "gold", lambda self, samples: gold(samples))
+    settings = {"steps": 24, "samples": 0, "seed": seed}
     rollout = {"prompts_per_step": 4, "group_size": 8}
     critic = {"optim": {"lr": 3e-3}}
     align_rl(
         recipe(
-            tmp_path, algorithm={"kind": kind}, run=settings, rollout=rollout, critic=critic,
-            optim={"lr": 3e-3}, checkpoint={"every": 0},
+            tmp_path, algorithm={"kind": kind, "kl_coef": 0.01}, run=settings, rollout=rollout,
+            critic=critic, optim={"lr": 3e-3}, checkpoint={"every": 0},
         ),
         rewards=[Low()],
     )  # fmt: skip
-    found = [line["reward"] for line in lines(tmp_path)]
-    assert sum(found[-4:]) / 4 > sum(found[:4]) / 4 + 0.15
+    found = lines(tmp_path)
+    for name, rise in (("reward", 0.15), ("rewards/gold/mean", 0.1)):
+        values = [line[name] for line in found]
+        assert sum(values[-3:]) / 3 > sum(values[:3]) / 3 + rise, name
+    assert 0 < found[-1]["kl"] < 20  # nats a completion of 6 tokens
+    assert all(line["completions/mean_length"] > 1 for line in found)
 
 
 @pytest.mark.parametrize("kind", ["grpo_kl", "ppo"])
@@ -114,8 +135,9 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
         align_rl(recipe(tmp_path, algorithm={"kind": "grpo", "eps_low": 0.1}), resume=True)
 
 
-def test_a_dumped_step_replays_to_the_same_gradient(tmp_path):
-    settings = {"algorithm": KINDS["ppo"], "run": {"dump": True}}
+@pytest.mark.parametrize("kind", ["ppo", "grpo_kl"])
+def test_a_dumped_step_replays_to_the_same_gradient(tmp_path, kind):
+    settings = {"algorithm": KINDS[kind], "run": {"dump": True}}
     align_rl(recipe(tmp_path, **settings), rewards=[Low()])
     dump = tmp_path / "run" / "rollouts" / "step-00000002.safetensors"
     experience, figures = read_dump(dump)

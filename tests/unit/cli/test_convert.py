@@ -33,12 +33,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def convert(folder, *flags):
+def convert(folder, *flags, steps=4):
     return run(
         [
             "convert", "swiftkv", str(folder / "model"), "--data", str(folder / "chats.jsonl"),
-            "-o", str(folder / "out"), "--steps", "4", "--rows-per-step", "2", "--seq-len", "96",
-            "--held-out", "0.1", "--eval-rows", "4", "--dtype", "float32", "--threads", "1", *flags,
+            "-o", str(folder / "out"), "--steps", str(steps), "--rows-per-step", "2",
+            "--seq-len", "96", "--held-out", "0.1", "--eval-rows", "4", "--dtype", "float32",
+            "--threads", "1", *flags,
         ]
     )  # fmt: skip
 
@@ -51,6 +52,15 @@ def test_a_conversion_within_the_limit_is_written(folder, capsys):
     assert report["student_loss"] > 0
     assert load_config(folder / "out").swiftkv.num_key_value_layers == 2
     assert convert(folder) == 2  # is there already
+
+
+def test_a_refused_conversion_goes_on_with_more_steps(folder, capsys):
+    """Also where a twentieth of them is another warm-up than the run began with."""
+    assert convert(folder, "--max-drop", "-100") != 0
+    assert "Train longer" in capsys.readouterr().err
+    assert convert(folder, "--max-drop", "100", steps=22) == 0
+    report = (folder / "out.run" / "distill.jsonl").read_text().splitlines()
+    assert json.loads(report[-1])["step"] == 22
 
 
 def test_a_student_is_served_as_any_model(folder, capsys):

@@ -12,7 +12,7 @@ from sterna.engine.config import EngineConfig
 from sterna.engine.draft_rows import Batch
 from sterna.engine.drafters.choose import drafter_names
 from sterna.engine.speculate import GUARD_STEPS, Guard
-from sterna.engine.stepcost import CostPoint, StepCost, load_cost, measure_cost, save_cost
+from sterna.engine.stepcost import CostPoint, StepCost
 from sterna.engine.trust import Trust
 
 # Like a small model on two cores: weights are read in 2 ms, a row costs 0.25 ms, a key 0.5 us.
@@ -27,44 +27,6 @@ class Decode:
 
 def decodes(count, num_keys=100):
     return [Decode((0, i, 0), num_keys) for i in range(count)]
-
-
-def test_costs_between_and_beyond_the_measured_sizes():
-    cost = StepCost([CostPoint(1, 1.0), CostPoint(4, 4.0, 0.4), CostPoint(8, 6.0, 0.8)])
-    assert cost.seconds(1, 0) == 1.0
-    assert cost.seconds(2, 0) == pytest.approx(2.0)
-    assert cost.seconds(6, 0) == pytest.approx(5.0)
-    assert cost.seconds(16, 0) == pytest.approx(12.0)
-    assert cost.seconds(4, 400) == pytest.approx(4.0 + 0.1 * 400)
-
-
-def test_the_level_follows_a_slower_machine_and_survives_a_pause():
-    cost = StepCost(COST.points)
-    for _ in range(200):
-        cost.note(2, 200, 3 * COST.seconds(2, 200))
-    assert cost.level == pytest.approx(3, rel=0.05)
-    cost.note(2, 200, 120.0)  # the process was stopped for two minutes
-    assert cost.level < 3.3
-
-
-def test_measured_costs_never_fall_and_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("STERNA_HOME", str(tmp_path))
-    rng = random.Random(0)
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-
-    def run(num_rows, num_keys):
-        clock[0] += (1 + num_rows + 0.01 * num_keys) * rng.uniform(0.9, 1.1) * 1e-3
-
-    cost = measure_cost(run, 64, 2000)
-    seconds = [cost.seconds(n, 0) for n in range(1, 65)]
-    assert seconds == sorted(seconds)
-    assert cost.seconds(32, 0) == pytest.approx(33e-3, rel=0.2)
-    assert load_cost("key") is None
-    save_cost("key", cost)
-    assert load_cost("key").points == cost.points
-    next(tmp_path.glob("stepcost/*.json")).write_text('{"points": []}')
-    assert load_cost("key") is None
 
 
 def test_a_source_that_boasts_is_believed_less():

@@ -233,7 +233,7 @@ def damage_nothing(data):
         (lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:], "m", "damaged"),
         (lambda data: b"", "m", "not a file of past outputs"),
         (lambda data: b"x" * 200, "m", "not a file of past outputs"),
-        (damage_nothing, "other", "holds outputs of 'm'"),
+        (damage_nothing, "other", "another model .m; this is other."),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, caplog, damage, identity, said):
@@ -243,9 +243,37 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, caplog, damage, 
     with pytest.raises(DraftCacheError, match=said) as caught:
         load_outputs(path, identity)
     assert str(path) in str(caught.value)
+    bad = path.read_bytes()
     drafter = SuffixDrafter(path=path, identity=identity)
     assert drafter.num_past_tokens == 0
     assert str(path) in caplog.text
+    drafter.save()  # does not end what was refused
+    assert path.with_name("drafts.bin.refused").read_bytes() == bad
+    assert load_outputs(path, identity) == []
+
+
+def test_a_folder_in_the_files_place_stays(tmp_path, caplog):
+    (tmp_path / "x").write_text("mine")
+    drafter = SuffixDrafter(path=tmp_path, identity="m")
+    drafter.save()
+    assert (tmp_path / "x").read_text() == "mine"
+    assert "name a file" in caplog.text and "are not kept" in caplog.text
+
+
+def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "drafts.bin"
+    save_outputs(path, "m", [Stored(b"t" * 16, [1, 2, 3])])
+    drafter = SuffixDrafter(path=path, identity="m")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    drafter.save()
+    assert "No space left" in caplog.text
+    monkeypatch.undo()
+    assert SuffixDrafter(path=path, identity="m").num_past_tokens == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["drafts.bin"]
 
 
 def test_the_ngram_drafter_takes_the_longest_match_and_of_equals_the_latest():

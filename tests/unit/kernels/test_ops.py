@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from sterna.core.errors import KernelError
-from sterna.kernels import ops, reference
+from sterna.kernels import lora_ops, ops, reference
 from sterna.kernels.optable import OPS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -271,7 +271,7 @@ def test_every_op_has_a_backward_or_is_inference_only():
 
 def test_every_op_has_tolerances_schema_and_docstring():
     for op in OPS:
-        assert getattr(ops, op.name).__doc__
+        assert getattr(lora_ops if op.name.startswith("lora") else ops, op.name).__doc__
         assert {torch.float32, torch.bfloat16, torch.float16} <= set(op.tolerance)
         schema = getattr(torch.ops.sterna, op.name).default._schema
         assert [a.name for a in schema.arguments] == list(

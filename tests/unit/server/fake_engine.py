@@ -77,6 +77,7 @@ class FakeAsyncEngine:
         self.tokenizer = ByteTokenizer()
         self.engine = SimpleNamespace(
             tokenizer=self.tokenizer,
+            adapters=None,
             config=EngineConfig(token_budget=64, num_kv_blocks=512),
             limits=self.limits,
             scheduler=SimpleNamespace(token_budget=64),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
+from sterna.align.adapted import value_files
 from sterna.align.offline.config import OfflineRecipe
 from sterna.align.offline.losses import KtoLoss, PreferenceLoss
 from sterna.align.offline.measure import MeasureReward
@@ -35,14 +36,11 @@ from sterna.model.value import (
     SCORE,
     ValueModel,
     load_value_model,
-    value_hf_config,
-    value_tensors,
 )
 from sterna.parallel.collectives import barrier
 from sterna.parallel.mesh import Mesh
 from sterna.text.tokenizer import load_tokenizer
 from sterna.train.adapter import merge_adapter
-from sterna.train.adapter_file import adapter_files
 from sterna.train.build import eval_data, positions_of, tokenizer_path
 from sterna.train.config import LossSection, Recipe
 from sterna.train.hooks import Hook
@@ -123,11 +121,7 @@ class RewardTask:
     def weights(self, model: nn.Module) -> Weights:
         """The sequence classification folder; of an adapted trunk, the adapter and the score."""
         assert isinstance(model, ValueModel)
-        if not self._is_adapted:
-            return Weights(value_tensors(model), value_hf_config(model), {})
-        assert isinstance(model.trunk, Decoder)
-        head = save({SCORE: model.score.detach().cpu()}, metadata={"format": "pt"})
-        return Weights((), {}, {**adapter_files(model.trunk, self._base), HEAD_NAME: head})
+        return value_files(model, self._base)
 
     def final(self, model: nn.Module) -> Weights | None:
         """The whole model, the adapter merged; None where checkpoints hold it."""
@@ -136,7 +130,7 @@ class RewardTask:
             return None
         assert isinstance(model.trunk, Decoder)
         merge_adapter(model.trunk)
-        return Weights(value_tensors(model), value_hf_config(model), {})
+        return value_files(model, "")
 
     def hooks(self, recipe: Recipe) -> Sequence[Hook]:
         """Accuracy and calibration on held-out pairs and others."""

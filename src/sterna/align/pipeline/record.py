@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sterna.align.pipeline.config import AlignRecipe
+from sterna.core.digest import file_digest
 from sterna.core.errors import CheckpointError, ConfigError
 from sterna.core.rundir import write_atomic
-from sterna.data.tables import fingerprint
 
 FILE = "step.json"
 # What may differ from a finished step's recipe: nothing of it changes a bit of its model.
@@ -87,7 +87,7 @@ def weights_hash(model: Path) -> str:
     """Of the weight files of a model's folder; those over 256 MiB by pieces."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(model.glob("*.safetensors")):
-        digest.update(f"{path.name}:{fingerprint(path)}\n".encode())
+        digest.update(f"{path.name}:{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -69,19 +69,32 @@ def load_outputs(path: Path, identity: str) -> list[Stored]:
         raise DraftCacheError(f"{path} cannot be read: {error}") from error
     body = data[:-_HASH_BYTES]
     if len(body) < _HEAD.size or not data.startswith(MAGIC):
-        raise DraftCacheError(f"{path} is not a file of past outputs; remove it")
+        raise DraftCacheError(f"{path} is not a file of past outputs")
     if hashlib.sha256(body).digest() != data[-_HASH_BYTES:]:
-        raise DraftCacheError(f"{path} is damaged: its checksum does not fit; remove it")
+        raise DraftCacheError(f"{path} is damaged: its checksum does not fit")
     _, version, header_size = _HEAD.unpack_from(body)
     if version != VERSION:
-        raise DraftCacheError(f"{path} has version {version}, this is {VERSION}; remove it")
+        raise DraftCacheError(f"{path} has version {version}, this is {VERSION}")
     header = json.loads(body[_HEAD.size : _HEAD.size + header_size])
     if header["identity"] != identity:
         raise DraftCacheError(
-            f"{path} holds outputs of {header['identity']!r}, this is {identity!r}; "
-            "name another file"
+            f"{path} holds outputs of another model ({header['identity']}; this is {identity})"
         )
     return _outputs(header, body[_HEAD.size + header_size :])
+
+
+def put_aside(path: Path) -> str:
+    """Rename a refused file to `*.refused`, over an earlier one, so that the next save does not
+    end it; what was done, in words. Folders stay.
+    """
+    aside = path.with_name(path.name + ".refused")
+    try:
+        if path.is_file():
+            path.replace(aside)
+            return f"it is now {aside.name}"
+    except OSError as error:
+        return f"it cannot be renamed: {error}"
+    return "name a file"
 
 
 def _outputs(header: dict[str, Any], body: bytes) -> list[Stored]:

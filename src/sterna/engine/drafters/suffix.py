@@ -17,7 +17,7 @@ from pathlib import Path
 from sterna.core.errors import DraftCacheError
 from sterna.core.log import get_logger
 from sterna.engine.drafters.base import Draft
-from sterna.engine.drafters.store import Stored, load_outputs, save_outputs
+from sterna.engine.drafters.store import Stored, load_outputs, put_aside, save_outputs
 from sterna.engine.drafters.tree import SuffixTree, new_tree
 from sterna.engine.sequence import RequestState, Sequence
 
@@ -94,8 +94,8 @@ class SuffixDrafter:
     probabilities by what is accepted, and in text that is copied they prove too low.
 
     `path`: where past outputs are kept over restarts. `identity` names the model and tokenizer
-    they belong to; a file of another one, or a damaged one, is refused by name in the log and
-    the drafter starts empty.
+    they belong to; a file of another one, or a damaged one, is put aside as `*.refused` with a
+    warning, and the drafter starts empty.
     """
 
     name = "suffix"
@@ -235,7 +235,7 @@ class SuffixDrafter:
         try:
             stored = load_outputs(path, self._identity)
         except DraftCacheError as error:
-            log.warning("%s; starting without past outputs", error)
+            log.warning("%s; %s; starting without past outputs", error, put_aside(path))
             return
         for output in stored:
             seq = past.add(output.tenant)

@@ -19,12 +19,10 @@ constexpr int MAX_MR = 4;
 constexpr int MAX_MR = 2;  // 16 registers
 #endif
 constexpr int NV = 4, COLS = NV * VW;
-constexpr int ROW_BLOCK = 64;   // rows a unit: share A in cache, and a panel of B
-constexpr int RANKS = 8;        // ranks a unit of lora_down
+constexpr int ROW_BLOCK = 64;  // rows a unit: share A in cache, and a panel of B
+constexpr int RANKS = 8;       // ranks a unit of lora_down
 
-struct Rows {
-  int first, end;
-};
+struct Rows { int first, end; };
 
 int num_row_blocks(int rows) { return (rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
