@@ -97,7 +97,8 @@ def spent(marks: list[tuple[float, float]]) -> dict[str, float]:
 def generate(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of `repeats` calls of the engine on the trainer's own weights."""
     seconds, cpu = [], []
-    with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
+    alone = {**job, "algorithm": "reinforce"}  # completions that are nobody's group
+    with build(recipe(alone, folder), rewards=[Small(job["bound"])]) as trainer:
         sampling = Sampling(max_tokens=job["new_tokens"], ignore_eos=True)
         hybrid = trainer.parts.hybrid
         for turn in range(1 + job["repeats"]):
