@@ -24,6 +24,7 @@ from sterna.core.errors import (
     SternaError,
 )
 from sterna.core.log import get_logger
+from sterna.engine.audience import Audience
 from sterna.engine.drafters.learner import LearnStats
 from sterna.engine.engine import Engine
 from sterna.engine.request import EngineRequest, RequestOutput, StepStats
@@ -37,8 +38,6 @@ log = get_logger(__name__)
 # A kernel call gives up the GIL and wants it back when it returns. With CPython's 5 ms interval a
 # busy event loop would keep it that long, as long as a whole decode step; 0.5 ms bounds the loss.
 SWITCH_INTERVAL_S = 0.0005
-# Steps a subscriber may lag behind before the oldest are dropped.
-MAX_PENDING_STATS = 1024
 # How long `shutdown` waits for the step in progress.
 JOIN_TIMEOUT_S = 60.0
 
@@ -86,7 +85,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._main, name="sterna-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, Stream] = {}
-        self._subscribers: list[asyncio.Queue[StepStats]] = []
+        self._audience = Audience()
         self._stats: list[StepStats] = []  # of the steps since the last delivery
         self._num_added = 0  # requests and tokens sent to the thread ...
         self._tokens_added = 0
@@ -197,15 +196,9 @@ class AsyncEngine:
         learner = self.engine.learner
         return None if learner is None else learner.stats
 
-    async def subscribe(self) -> AsyncIterator[StepStats]:
+    def subscribe(self) -> AsyncIterator[StepStats]:
         """Every step from now on. A subscriber that lags loses the oldest."""
-        subscriber: asyncio.Queue[StepStats] = asyncio.Queue(MAX_PENDING_STATS)
-        self._subscribers.append(subscriber)
-        try:
-            while True:
-                yield await subscriber.get()
-        finally:
-            self._subscribers.remove(subscriber)
+        return self._audience.subscribe()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for the running ones; after `timeout_s` abort them.
@@ -285,11 +278,8 @@ class AsyncEngine:
                 stream.put(output)
             if output.is_finished:
                 self._drop(output.request_id)
-        for subscriber in self._subscribers:
-            for step in stats:
-                if subscriber.full():
-                    subscriber.get_nowait()
-                subscriber.put_nowait(step)
+        for step in stats:
+            self._audience.show(step)
 
     def _fail_stream(self, request_id: str, error: SternaError) -> None:
         stream = self._streams.get(request_id)

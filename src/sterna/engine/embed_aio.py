@@ -18,7 +18,8 @@ import numpy as np
 
 from sterna.core.errors import EngineDownError, OverloadedError, ShuttingDownError, SternaError
 from sterna.core.log import get_logger
-from sterna.engine.aio import JOIN_TIMEOUT_S, MAX_PENDING_STATS, SWITCH_INTERVAL_S, Load
+from sterna.engine.aio import JOIN_TIMEOUT_S, SWITCH_INTERVAL_S, Load
+from sterna.engine.audience import Audience
 from sterna.engine.config import EngineConfig
 from sterna.engine.embed import Embedder, Floats
 from sterna.engine.request import StepStats
@@ -70,7 +71,7 @@ class AsyncEmbedder:
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="sterna-embedder", daemon=True)
-        self._subscribers: list[asyncio.Queue[StepStats]] = []
+        self._audience = Audience()
         self._speed = SpeedMeter(START_SPEED)
         self._slots = RetrySlots()
         self._num_steps = 0
@@ -146,15 +147,9 @@ class AsyncEmbedder:
         running = self._num_running
         return Load(running, max(len(self._open) - running, 0), 0.0)
 
-    async def subscribe(self) -> AsyncIterator[StepStats]:
+    def subscribe(self) -> AsyncIterator[StepStats]:
         """Every step from now on. A subscriber that lags loses the oldest."""
-        subscriber: asyncio.Queue[StepStats] = asyncio.Queue(MAX_PENDING_STATS)
-        self._subscribers.append(subscriber)
-        try:
-            while True:
-                yield await subscriber.get()
-        finally:
-            self._subscribers.remove(subscriber)
+        return self._audience.subscribe()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for the running ones; after `timeout_s` drop them.
@@ -225,10 +220,7 @@ class AsyncEmbedder:
     def _deliver(self, finished: list[tuple[_Job, SternaError | None]], stats: StepStats) -> None:
         for job, error in finished:
             self._finish(job, error)
-        for subscriber in self._subscribers:
-            if subscriber.full():
-                subscriber.get_nowait()
-            subscriber.put_nowait(stats)
+        self._audience.show(stats)
 
     def _down_error(self) -> EngineDownError:
         return EngineDownError(f"the engine has stopped: {self._failure!r}; restart the server")
