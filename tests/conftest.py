@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,12 @@ _WORDS = (
     *("the", "tern", "flies", "from", "pole", "to", "and", "back", "gull", "sea", "law"),
     *("tax", "of", "in", "ice", "wind", "north", "south"),
 )
+
+
+@pytest.fixture(autouse=True)
+def sterna_log_reaches_caplog(monkeypatch):
+    """A command run by an earlier test may have ended propagation; caplog listens at the root."""
+    monkeypatch.setattr(logging.getLogger("sterna"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,6 @@ def test_a_resumed_run_gives_the_same_alarms(tmp_path):
 
 
 def test_completions_that_become_alike_are_warned_of_once(tmp_path, caplog):
-    logging.getLogger("sterna").propagate = True
     figures = list(curve(0.0, 0.0))
     figures[12:] = [(s, {**f, "completions/distinct_2": 0.3}) for s, f in figures[12:]]
     with caplog.at_level(logging.WARNING, "sterna"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -38,9 +36,8 @@ def test_devices_that_are_none_are_refused_by_the_settings(name):
         EngineConfig(device=name)
 
 
-def test_more_threads_than_cpus_are_not_started(monkeypatch, caplog):
+def test_more_threads_than_cpus_are_not_started(caplog):
     before = torch.get_num_threads()
-    monkeypatch.setattr(logging.getLogger("sterna"), "propagate", True)
     try:
         set_threads(1)
         assert torch.get_num_threads() == 1 and not caplog.records
