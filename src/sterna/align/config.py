@@ -86,9 +86,10 @@ class RolloutSection(Section):
         default=False, description="every completion has max_tokens tokens: for speed benches"
     )
     weights: str = Field(
-        default="policy",
+        default="auto",
         description="policy = the trainer's own; packed = a copy of the same bits that is read "
-        "faster; merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
+        "faster; auto = packed where that pays (on a CPU, without adapter), else policy; "
+        "merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
         "Copies are made anew after each step, the mismatch of the last two corrected",
     )
     speculation: bool = Field(

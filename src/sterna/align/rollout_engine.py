@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from sterna.align.config import RlRecipe
+from sterna.align.hybrid import PACKED, POLICY
+from sterna.align.packed import pays
 from sterna.engine.config import EngineConfig
+from sterna.model.decoder import Decoder
 
 # Blocks beside those of the completions: partly filled ones, and a place for the null block.
 _SPARE_BLOCKS = 8
@@ -30,3 +33,15 @@ def engine_config(recipe: RlRecipe) -> EngineConfig:
         "seed": recipe.run.seed,
     }
     return EngineConfig.model_validate(values)
+
+
+def rollout_weights(recipe: RlRecipe, policy: Decoder) -> str:
+    """`rollout.weights`, "auto" decided: packed where that is faster, else the policy's own.
+
+    Both give the same bits. A rollout takes about as many engine steps as its longest completion
+    has tokens.
+    """
+    asked = recipe.rollout.weights
+    if asked != "auto":
+        return asked
+    return PACKED if pays(policy, recipe.rollout.max_tokens) else POLICY
