@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sterna.align.memory.config import MemorySection
 from sterna.data.config import DataConfig, SourceConfig
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import (
@@ -317,6 +318,7 @@ class RlRecipe(Section):
     ptx: PtxSection = PtxSection()
     optim: OptimSection = OptimSection(lr=1e-6)
     schedule: ScheduleSection = ScheduleSection(kind="constant")
+    memory: MemorySection = MemorySection()
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()

@@ -19,4 +19,10 @@ def keep(model: nn.Module, micro_tokens: int) -> None:
     gated = [module for module in model.modules() if isinstance(module, GatedLinear)]
     size = sum(2 * module.out_features * module.weight.element_size() for module in gated)
     for module in gated:
-        module.keeps_sums = size * micro_tokens <= MOST_BYTES
+        module.keeps_sums = kept_bytes(size, micro_tokens) > 0
+
+
+def kept_bytes(token_bytes: float, micro_tokens: int) -> float:
+    """What a micro-batch keeps, of so many bytes a token: all of it, or nothing."""
+    size = token_bytes * micro_tokens
+    return size if size <= MOST_BYTES else 0.0

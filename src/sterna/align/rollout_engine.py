@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sterna.align.config import RlRecipe
 from sterna.align.hybrid import PACKED, POLICY
-from sterna.align.packed import pays
+from sterna.align.packed import LEAST_STEPS, can_pack
 from sterna.engine.config import EngineConfig
 from sterna.model.decoder import Decoder
 
@@ -41,7 +41,15 @@ def rollout_weights(recipe: RlRecipe, policy: Decoder) -> str:
     Both give the same bits. A rollout takes about as many engine steps as its longest completion
     has tokens.
     """
+    planned = planned_weights(recipe)
+    is_decided = planned != PACKED or recipe.rollout.weights == PACKED
+    return planned if is_decided or can_pack(policy) else POLICY
+
+
+def planned_weights(recipe: RlRecipe) -> str:
+    """As `rollout_weights`, for a policy of plain matrices that is not there yet."""
     asked = recipe.rollout.weights
     if asked != "auto":
         return asked
-    return PACKED if pays(policy, recipe.rollout.max_tokens) else POLICY
+    is_plain = recipe.model.device == "cpu" and recipe.adapter is None
+    return PACKED if is_plain and recipe.rollout.max_tokens >= LEAST_STEPS else POLICY

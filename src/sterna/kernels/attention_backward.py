@@ -68,7 +68,7 @@ def shared_attention(
     is_read = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_fill_(0, own, False)
     read = is_read.nonzero()[:, 0]
     if len(read):
-        prefixes, places = rows[read].unique(return_inverse=True)
+        prefixes, places = torch.unique(rows[read], return_inverse=True)
         total = wide(d_qkv[prefixes]).index_add_(0, places, wide(found[read]))
         d_qkv.index_copy_(0, prefixes, total.to(d_qkv.dtype))
     return (d_qkv, *(None,) * 9)

@@ -22,21 +22,19 @@ class _KeptGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, activation: str, out_features: int) -> Tensor:
         backend = backend_for(x.device.type)
+        found: tuple[Tensor, Tensor | None] | None
         found = backend.gated_with_sums(x, weight, activation, out_features)
         if found is None:
-            out, ctx.sums = ops.gated_linear(x, weight, activation, out_features), None
-        else:
-            out, ctx.sums = found
-        ctx.save_for_backward(x, weight)
-        ctx.activation, ctx.out_features = activation, out_features
-        return out
+            found = ops.gated_linear(x, weight, activation, out_features), None
+        ctx.save_for_backward(x, weight, found[1])
+        ctx.activation = activation
+        return found[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        sums = x @ weight.t() if ctx.sums is None else ctx.sums
-        ctx.sums = None
+        x, weight, sums = ctx.saved_tensors
+        sums = x @ weight.t() if sums is None else sums
         wants = ctx.needs_input_grad[:2]
         return (
             *gated_gradients(grad.contiguous(), sums, wants, x, weight, ctx.activation),

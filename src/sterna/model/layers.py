@@ -196,17 +196,15 @@ class Attention(nn.Module):
         """Training: rotated qkv of a whole batch, whose sequences may share prefixes."""
         if batch.shared is None:
             return self.attend(qkv, batch.query_starts)
-        keys = (batch.shared.rows, batch.shared.starts)
-        return ops.shared_attention(qkv, batch.query_starts, *keys, *self._options())
+        keys = (batch.query_starts, batch.shared.rows, batch.shared.starts)
+        return ops.shared_attention(qkv, *keys, *self.heads, self.scale, self.window, self.softcap)
 
     def attend(self, qkv: Tensor, query_starts: Tensor) -> Tensor:
         """Training: rotated qkv [T, (H + 2G) * C] -> [T, H * C]; T may be a rank's slice."""
+        options = (*self.heads, self.scale, self.window, self.softcap)
         if self.plan is None:
-            return ops.attention(qkv, query_starts, *self._options())
-        return self.plan.attend(qkv, query_starts, *self._options(), ops.attention)
-
-    def _options(self) -> tuple[int, int, int, float, int, float]:
-        return (*self.heads, self.scale, self.window, self.softcap)
+            return ops.attention(qkv, query_starts, *options)
+        return self.plan.attend(qkv, query_starts, *options, ops.attention)
 
 
 class GatedMLP(nn.Module):

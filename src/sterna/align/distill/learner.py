@@ -15,6 +15,7 @@ import torch
 
 from sterna.align.config import DistillSection
 from sterna.align.learner import Learner, Part
+from sterna.align.memory.away import Frozen
 from sterna.align.score import scored_batch
 from sterna.train.longseq.divergence import Logits, chunked_jsd
 from sterna.train.step import TrainModel
@@ -23,10 +24,16 @@ from sterna.train.step import TrainModel
 class DistillLearner(Learner):
     """A Learner whose loss is the divergence from a teacher."""
 
-    def __init__(self, teacher: TrainModel, distill: DistillSection, *of_learner: Any) -> None:
+    def __init__(self, teacher: Frozen, distill: DistillSection, *of_learner: Any) -> None:
         super().__init__(*of_learner)
-        self._teacher = teacher
+        self._frozen = teacher
+        self._teacher: TrainModel = teacher.model  # type: ignore[assignment]
         self._distill = distill
+
+    def learn(self, *of_learn: Any, **named: Any) -> dict[str, float]:
+        """See Learner; the teacher is asked in every micro-batch."""
+        with self._frozen.here():
+            return super().learn(*of_learn, **named)
 
     def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
         own: TrainModel = self.policy.model
