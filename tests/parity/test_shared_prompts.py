@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from sterna.align.learner import values_of
 from sterna.align.rollout import Rollout
-from sterna.align.score import added_tokens, completion_logprobs, micro_batches, scored_batch
+from sterna.align.score import (
+    added_tokens,
+    completion_logprobs,
+    ended_batch,
+    micro_batches,
+    scored_batch,
+)
 from sterna.kernels.load import load_kernels
 from sterna.model.config import parse_config
 from sterna.model.decoder import Decoder
 from sterna.model.swiftkv import new_decoder
 from sterna.model.swiftkv_config import SwiftKVConfig, with_swiftkv
+from sterna.model.value import ValueModel
 
 TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96,
@@ -117,3 +125,22 @@ def test_micro_batches_count_a_shared_prompt_once():
     ]  # fmt: skip
     assert [len(part) for part in micro_batches(group, 25)] == [3, 1]
     assert [len(part) for part in micro_batches(group, 37)] == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rewards_and_values_of_a_group_are_those_of_each_alone(dtype):
+    if load_kernels().level != "cpu":
+        pytest.skip("equal bits are promised by the C++ kernels only")
+    model, device = ValueModel(model_of("llama", dtype)), torch.device("cpu")
+    torch.nn.init.normal_(model.score)
+
+    def rewards(part: list[Rollout]) -> torch.Tensor:
+        asked = ended_batch(model, part, device)
+        return model.values(asked.batch)[asked.rows]
+
+    with torch.no_grad():
+        each = torch.cat([rewards([one]) for one in rollouts()])
+        assert torch.equal(rewards(rollouts()), each)
+        assert len(each.unique()) == len(each) == len(rollouts())
+        each = torch.cat([values_of(model, [one], device) for one in rollouts()])
+        assert torch.equal(values_of(model, rollouts(), device), each)

@@ -33,10 +33,10 @@ def rollout_batch(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """A Batch and the row of it that predicts each completion token, in rollout order."""
+    """A Batch and the rows of it that are asked for, in rollout order."""
 
     batch: Batch
-    rows: Tensor  # [N] int64; also where a critic is asked: before the token is chosen
+    rows: Tensor  # int64: [N] before each completion token, or [B] the last of each rollout
 
 
 def scored_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) -> ScoredBatch:
@@ -55,12 +55,18 @@ def scored_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) 
     layout = _Layout()
     for group in _groups(rollouts):
         layout.add(group)
-    batch = _batch(layout.sequences, device, layout.offsets)
-    if any(layout.offsets):
-        starts = np.concatenate([[0], np.cumsum([len(keys) for keys in layout.keys])])
-        shared = SharedKeys(_int32(np.concatenate(layout.keys), device), _int32(starts, device))
-        batch = replace(batch, shared=shared)
-    return ScoredBatch(batch, _int64(layout.rows, device))
+    return layout.batch(device)
+
+
+def ended_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) -> ScoredBatch:
+    """What `model` has to run to say something of each rollout at its last token."""
+    if not getattr(model, "reads_shared_keys", False):
+        batch = rollout_batch(rollouts, device)
+        return ScoredBatch(batch, batch.query_starts[1:].long() - 1)
+    layout = _Layout()
+    for group in _groups(rollouts):
+        layout.add_whole(group)
+    return layout.batch(device)
 
 
 @dataclass(slots=True)
@@ -84,6 +90,22 @@ class _Layout:
             own = self._append(rollout.completion[:-1], prefix)
             first = prefix[-1:] if len(rollout.completion) else own
             self.rows.append(np.concatenate([first, own]))
+
+    def add_whole(self, group: Sequence[Rollout]) -> None:
+        """Completions of one prompt, their last tokens too; those rows are asked for."""
+        prefix = self._append(group[0].prompt)
+        for rollout in group:
+            own = self._append(rollout.completion, prefix)
+            self.rows.append((own if len(own) else prefix)[-1:])
+
+    def batch(self, device: torch.device) -> ScoredBatch:
+        """All of it; without a shared prefix an ordinary batch."""
+        batch = _batch(self.sequences, device, self.offsets)
+        if any(self.offsets):
+            starts = np.concatenate([[0], np.cumsum([len(keys) for keys in self.keys])])
+            shared = SharedKeys(_int32(np.concatenate(self.keys), device), _int32(starts, device))
+            batch = replace(batch, shared=shared)
+        return ScoredBatch(batch, _int64(self.rows, device))
 
     def _append(self, tokens: IntArray, prefix: IntArray | None = None) -> IntArray:
         """The rows of a new sequence, behind the keys of `prefix`; none where it has no token."""
