@@ -1,4 +1,4 @@
-"""Weights over process groups of torch.distributed, in buckets: gloo, or NCCL (not run on a GPU)."""
+"""Weights over process groups of torch.distributed, in buckets: gloo, NCCL (not run on a GPU)."""
 
 from __future__ import annotations
 
