@@ -20,6 +20,7 @@ from sterna.align.distill.learner import DistillLearner
 from sterna.align.distill.teach import GivenDraw, load_teacher
 from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
 from sterna.align.engines import RolloutEngine, make_engine
+from sterna.align.keep import keep
 from sterna.align.kl import KLController
 from sterna.align.learner import Learner, Trained
 from sterna.align.memory.away import Frozen
@@ -181,12 +182,12 @@ def _learner(
         else:
             path = recipe.critic.path or recipe.model.path
             model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
-        critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
+        critic = _trained(recipe, model, recipe.critic.optim, recipe.run.seed + 1)
     kind: Callable[..., Learner] = Learner
     if teacher is not None and recipe.distill.loss == "full":
         kind = partial(DistillLearner, teacher, recipe.distill)
     return kind(
-        _trained(policy, recipe.optim, recipe.run.seed),
+        _trained(recipe, policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
         distribution_of(recipe),
@@ -203,7 +204,10 @@ def _teacher(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Frozen 
     return Frozen.of(load_teacher(recipe, policy, tokenizer), recipe, recipe.memory.reference)
 
 
-def _trained(model: torch.nn.Module, settings: OptimSection, seed: int) -> Trained:
+def _trained(
+    recipe: RlRecipe, model: torch.nn.Module, settings: OptimSection, seed: int
+) -> Trained:
+    keep(model, recipe.algorithm.micro_tokens)
     optimizer = AdamW(trained(model), settings, seed)
     return Trained(model, optimizer, Gradients(model.parameters()), settings.grad_clip)
 

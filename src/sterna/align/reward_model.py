@@ -8,7 +8,7 @@ import torch
 
 from sterna.align.memory.away import Frozen
 from sterna.align.reward import Sample
-from sterna.align.score import micro_batches, rollout_batch
+from sterna.align.score import ended_batch, micro_batches
 from sterna.model.value import ValueModel
 
 
@@ -30,7 +30,6 @@ class ModelReward:
         found: list[float] = []
         with self._frozen.here():
             for part in micro_batches([sample.rollout for sample in samples], self._micro_tokens):
-                batch = rollout_batch(part, self._device)
-                values = self._model.values(batch)
-                found.extend(values[batch.query_starts[1:].long() - 1].tolist())
+                asked = ended_batch(self._model, part, self._device)
+                found.extend(self._model.values(asked.batch)[asked.rows].tolist())
         return found

@@ -61,6 +61,11 @@ class ValueModel(nn.Module):
         """float32: one number a token [T], or for each of batch.output_rows [R]."""
         return ops.logits(self.trunk.hidden(batch).float(), self.score, 1)[:, 0]
 
+    @property
+    def reads_shared_keys(self) -> bool:
+        """The trunk's."""
+        return isinstance(self.trunk, Decoder) and self.trunk.reads_shared_keys
+
     def head_weight(self) -> Tensor:
         """[1, D]: what the hidden states are multiplied with."""
         return self.score

@@ -160,10 +160,13 @@ def test_what_autograd_keeps_is_predicted(tmp_path, adapter, dtype):
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        rows = Rollout(0, 0, np.full(100, 5, np.int32), np.full(100, 6, np.int32),
-                       np.ones(100, np.bool_), np.zeros(100, np.float32), 0, False)  # fmt: skip
+        rows = [
+            Rollout(i, 0, np.full(100, 5 + i, np.int32), np.full(100, 6, np.int32),
+                    np.ones(100, np.bool_), np.zeros(100, np.float32), 0, False)
+            for i in range(2)  # of two prompts, which share no row
+        ]  # fmt: skip
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            completion_logprobs(model, [rows, rows])
+            completion_logprobs(model, rows)
     load = Load(400, 200, 1, 200, False)
     saved, _ = graph_bytes(held_models(made)[0], load)
     assert sum(kept.values()) == pytest.approx(saved, rel=0.15)

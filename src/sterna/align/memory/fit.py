@@ -17,6 +17,7 @@ from typing import Any
 from sterna.align.config import RlRecipe
 from sterna.align.memory.held import Held, Locate, held_models, located
 from sterna.align.memory.phases import Needs, needs_of
+from sterna.align.rollout_engine import planned_weights
 from sterna.core.errors import ConfigError, SternaError
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.plan import GIB, MEMORY_ERROR
@@ -148,7 +149,7 @@ def choices(recipe: RlRecipe, models: Sequence[Held]) -> dict[str, list[Any]]:
         "memory.reference": _tiers(models, "reference", away),
         "memory.rewards": _tiers(models, "rewards", away),
         "checkpoint.is_async": [False] if recipe.checkpoint.is_async else [],
-        "rollout.weights": ["policy"] if recipe.rollout.weights == "packed" else [],
+        "rollout.weights": ["policy"] if planned_weights(recipe) == "packed" else [],
     }
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from sterna.align.config import RlRecipe
 from sterna.align.memory.held import Held, stored_bytes
 from sterna.align.memory.work import Load, Parts, forward_bytes, logprob_bytes, update_parts
-from sterna.align.rollout_engine import engine_config
+from sterna.align.rollout_engine import engine_config, planned_weights
 from sterna.engine.engine import buffer_tokens
 from sterna.engine.memory import EngineShape
 from sterna.quant.formats import parse_format
@@ -131,8 +131,9 @@ def _held(recipe: RlRecipe, models: Sequence[Held], load: Load) -> Parts:
             found[f"{model.name}: optimizer"] = model.states
     if recipe.optim.ema_decay:
         found["average"] = 4 * policy.trained
-    if rollout.weights not in ("policy",):
-        found["rollout copy"] = _copy(rollout.weights, policy)
+    weights = planned_weights(recipe)
+    if weights != "policy":
+        found["rollout copy"] = _copy(weights, policy)
     if not rollout.workers:
         found["engine"] = _engine(recipe, policy)
     tokens = load.longest * rollout.prompts_per_step * rollout.group_size
@@ -191,7 +192,7 @@ def _scoring(recipe: RlRecipe, models: Sequence[Held], load: Load) -> Parts:
 def _asks_policy(recipe: RlRecipe) -> bool:
     """Whether rollouts are scored by the trainer too: their log-probs may not be its own."""
     rollout = recipe.rollout
-    exact = rollout.weights in ("policy", "packed") and recipe.model.device == "cpu"
+    exact = planned_weights(recipe) in ("policy", "packed") and recipe.model.device == "cpu"
     return not exact or rollout.staleness > 0
 
 
@@ -215,8 +216,9 @@ def _workers(recipe: RlRecipe, policy: Held) -> Parts:
     size = policy.dtype_bytes
     each = PROCESS_BYTES + RUNTIME_BYTES + policy.own + policy.ropes + _engine(recipe, policy)
     each += kv_bytes(recipe, policy.shape, size, share)
-    if rollout.weights != "policy":
-        each += _copy(rollout.weights, policy)
+    weights = planned_weights(recipe)
+    if weights != "policy":
+        each += _copy(weights, policy)
     passed = 4 * policy.trained if policy.is_adapted else policy.own  # the file that carries them
     return {"workers": each * rollout.workers, "weights on their way": passed}
 
