@@ -113,7 +113,7 @@ def table(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def draw(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A panel a figure, a line a run, a colour a variant."""
+    """A panel a figure, a line a run, a colour a variant; an upright line a gold alarm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,4 +151,9 @@ def _panel(
             xs = list(range(1, len(ys) + 1))
         label = None if variant in labelled else variant
         labelled.add(variant)
-        axis.plot(xs, ys, lw=1.3, color=f"C{variants.index(variant)}", label=label)
+        colour = f"C{variants.index(variant)}"
+        axis.plot(xs, ys, lw=1.3, color=colour, label=label)
+        for step in (step for step, kind, _ in run["alarms"] if kind == "gold"):
+            label = None if "gold" in labelled else "alarm: gold"
+            labelled.add("gold")
+            axis.axvline(step, color=colour, lw=1.0, ls="--", label=label)

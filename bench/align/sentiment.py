@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+from drawn import Chat, ended
 from experiment import Experiment, Target, Values, gap
 from probe import Probe
 from smollm_tasks import SYSTEM, TEMPERATURE
 
-from sterna.align.hybrid import HybridEngine, Sampling
+from sterna.align.hybrid import Sampling
 from sterna.align.offline.config import OfflineRecipe
 from sterna.align.offline.task import choose_task
 from sterna.align.reward import Sample
 from sterna.align.tasks.positive import Positive, novelty
 from sterna.core.rundir import write_atomic
 from sterna.data.order import mix
-from sterna.engine.config import EngineConfig
 from sterna.model.config import parse_config
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
 from sterna.model.load import load_model
 from sterna.model.save import hf_config, save_model
-from sterna.text.chat import ChatRenderer
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import load_tokenizer
 from sterna.train.loop import train
@@ -70,24 +69,12 @@ def prepare(folder: Path, seed: int) -> Values:
 
 def _sentences() -> list[tuple[str, str]]:
     """(prompt, sentence) of the topics that are trained on; those that did not end are left out."""
-    path, task = resolve_model("default"), Positive()
-    tokenizer = load_tokenizer(path)
-    renderer = ChatRenderer(tokenizer)
-    config = EngineConfig(threads=1, num_kv_blocks=800, max_num_seqs=64, token_budget=256)
-    engine = HybridEngine(load_model(path).decoder, tokenizer, config)
+    task = Positive()
     rows = [task.prompt(i, _SEED, "train") for i in range(PROMPTS)]
     system = {"role": "system", "content": SYSTEM}
-    chats = [[system, *cast("list[Any]", row.prompt)] for row in rows]
-    prompts = [tokenizer.encode(renderer.render(chat, None), False) for chat in chats]
-    sampling = Sampling(max_tokens=_LONGEST, temperature=TEMPERATURE)
-    found = engine.generate(prompts, SAMPLES, sampling, range(PROMPTS))
-    engine.close()
-    texts = [chat[-1]["content"] for chat in chats]
-    return [
-        (texts[rollout.prompt_idx], tokenizer.decode(rollout.completion.tolist()))
-        for rollout in found
-        if not rollout.is_truncated
-    ]
+    chats = [[system, *cast("Chat", row.prompt)] for row in rows]
+    found = ended(chats, SAMPLES, Sampling(max_tokens=_LONGEST, temperature=TEMPERATURE))
+    return [(chats[i][-1]["content"], text) for i, text in found]
 
 
 def _pairs(sentences: Sequence[tuple[str, str]]) -> Iterator[Values]:
@@ -146,7 +133,7 @@ def _reward_recipe(folder: Path, trunk: Path, pairs: Path) -> OfflineRecipe:
 
 
 def _recipe(facts: Values, seed: int, variant: str) -> Values:
-    """Against the reward model; `hacking` goes without the KL term and three times as fast."""
+    """Against the reward model; `hacking` goes without the KL term."""
     is_hacking = variant == "hacking"
     return {
         "prompts": {"task": "positive", "max_tokens": 96, "system": SYSTEM, "seed": seed},
@@ -166,7 +153,7 @@ def _recipe(facts: Values, seed: int, variant: str) -> Values:
             {"kind": "model", "path": facts["reward_model"]},
             {"kind": "task", "weight": 0.0},
         ],
-        "optim": {"lr": 5e-5 if is_hacking else 2e-5},
+        "optim": {"lr": 5e-5 if is_hacking else 4e-5},
         "schedule": {"kind": "constant", "warmup_steps": 3},
     }
 
@@ -183,11 +170,11 @@ def _figures(samples: Sequence[Sample]) -> Values:
 POSITIVE = Experiment(
     name="positive",
     about="SmolLM2-135M-Instruct against a reward model of VADER's pairs; TextBlob is gold",
-    steps=24,
+    steps=28,
     variants=("grpo", "hacking"),
     prepare=prepare,
     recipe=_recipe,
-    probe=lambda: Probe(every=8, prompts=24, samples=2, extra=_figures, has_greedy=False),
+    probe=lambda: Probe(every=7, prompts=24, samples=2, extra=_figures, has_greedy=False),
     targets=(
         Target("vader", 0.6),
         Target("sampled/gold", 0.05, is_rise=True),

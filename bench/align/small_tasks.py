@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from charmodel import pretrain
@@ -16,11 +17,11 @@ from sterna.model.load import load_model
 from sterna.text.tokenizer import load_tokenizer
 
 DIGITS = "0123456789+-="
-_HALF = 0.4
-# Of numbers below 100 the model of this size solves 7 % after 900 steps: more than minutes.
-_MOST = 19
-_CHUNK = 100
-_MOST_CHUNKS = 40
+_HALF = 0.45
+# Highest digit first, a model of this size solves 7 % of these after 900 steps, and of numbers
+# below 20 it learns the 720 trained problems by heart (held out: 0.57 -> 0.76 by 400 steps).
+_OPTIONS: Mapping[str, int] = {"most": 99, "ones_first": 1}
+_FIRST, _LAST, _CHUNK = 400, 1600, 50
 _LINES = 20_000
 
 
@@ -50,11 +51,10 @@ def _walks_recipe(facts: Values, seed: int, variant: str) -> Values:
 
 def _prepare_arithmetic(folder: Path, seed: int) -> Values:
     """A model that solves about half of the held-out problems when it samples."""
-    task = Arithmetic(_MOST)
+    task = Arithmetic(**_OPTIONS)
     kept = [task.problem(i, seed, "train") for i in range(_LINES)]
-    for chunk in range(1, _MOST_CHUNKS):
-        steps = chunk * _CHUNK
-        model = pretrain(folder, DIGITS, kept, hidden=64, layers=3, steps=steps, seed=seed, lr=2e-3)
+    for steps in range(_FIRST, _LAST, _CHUNK):
+        model = pretrain(folder, DIGITS, kept, hidden=64, layers=3, steps=steps, seed=seed)
         share = _solved(model, seed)
         print(f"arithmetic, seed {seed}: {steps} steps of text, {share:.3f} solved", flush=True)
         if share >= _HALF:
@@ -64,7 +64,7 @@ def _prepare_arithmetic(folder: Path, seed: int) -> Values:
 
 def _solved(model: Path, seed: int) -> float:
     """Share of 256 held-out problems of another seed that a sample solves."""
-    task, tokenizer = Arithmetic(_MOST), load_tokenizer(model)
+    task, tokenizer = Arithmetic(**_OPTIONS), load_tokenizer(model)
     config = EngineConfig(
         dtype="float32", threads=1, num_kv_blocks=300, max_num_seqs=256, token_budget=512
     )
@@ -81,13 +81,15 @@ def _arithmetic_recipe(facts: Values, seed: int, variant: str) -> Values:
     return {
         "prompts": {
             "task": "arithmetic",
-            "options": {"most": _MOST},
+            "options": dict(_OPTIONS),
             "max_tokens": 8,
             "seed": seed,
         },
-        "rollout": {"prompts_per_step": 32, "group_size": 8, "max_tokens": 5},
-        "algorithm": {"kind": variant, "epochs": 2},
-        "optim": {"lr": 2e-4},
+        "rollout": {"prompts_per_step": 128, "group_size": 8, "max_tokens": 5},
+        "algorithm": {"kind": variant, "epochs": 2, "minibatches": 2, "eps_high": 0.28},
+        "optim": {"lr": 5e-4},
+        # At 1e-3, or without the first steps, the policy is gone after two updates.
+        "schedule": {"kind": "linear", "warmup_steps": 10},
     }
 
 
@@ -104,13 +106,12 @@ WALKS = Experiment(
 )
 ARITHMETIC = Experiment(
     name="arithmetic",
-    about="sums and differences of two numbers below 20, exact answers, problems never trained",
-    steps=400,
+    about="sums and differences of two numbers below 100, exact answers, problems never trained",
+    steps=150,
     variants=("grpo", "rloo"),
     prepare=_prepare_arithmetic,
     recipe=_arithmetic_recipe,
-    probe=lambda: Probe(every=50, prompts=64, samples=8, has_trained=True),
+    probe=lambda: Probe(every=10, prompts=64, samples=8, has_trained=True),
     targets=(Target("greedy/solved", 0.95), Target("pass@1", 0.95)),
     shown=("pass@1", "pass@8", "entropy"),
-    has_own_base=False,
 )

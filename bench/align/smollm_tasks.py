@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from counted import warm
 from experiment import Experiment, Target, Values, gap
 from probe import Probe
 
@@ -20,6 +21,10 @@ _BFLOAT16 = {"dtype": "bfloat16"}
 
 def _default_model(folder: Path, seed: int) -> Values:
     return {"model": "default", "settings": _BFLOAT16}
+
+
+def _prepare_length(folder: Path, seed: int) -> Values:
+    return {**warm(folder, SYSTEM), "settings": _BFLOAT16}
 
 
 def _errors(samples: Sequence[Sample]) -> Values:
@@ -62,13 +67,14 @@ LENGTH = Experiment(
     about="SmolLM2-135M-Instruct writes about topics it was not trained on in N words, N = 5 to 20",
     steps=30,
     variants=("grpo",),
-    prepare=_default_model,
+    prepare=_prepare_length,
     recipe=_length_recipe,
     probe=lambda: Probe(
         every=10, prompts=24, samples=2, has_greedy=False, extra=_errors, has_trained=True
     ),
     targets=(Target("relative_error", 0.2, is_least=False), Target("eos_ratio", 0.95)),
     shown=("relative_error", "eos_ratio", "entropy"),
+    has_own_base=False,
 )
 FORMAT = Experiment(
     name="format",

@@ -1,11 +1,13 @@
 """Reinforcement learning's speed: Sterna against TRL with transformers' generation, on one CPU.
 
-    python bench/align/speed.py [--cases grpo,generate] [--dtypes bfloat16,float32] [--steps 3]
+    python bench/align/speed.py [--cases grpo,ppo,generate] [--dtypes bfloat16,float32] [--steps 3]
         [--peers sterna,trl] [--json FILE] [--out bench/results]
 
 grpo       steps of GRPO, SmolLM2-135M: 8 prompts x 4 completions, 24 + 64 tokens, one update a
            step, no reference. Experience is generation, rewards and advantages (and what scoring
            is needed); the step adds forward, backward and AdamW.
+ppo        the same with critic, reference and reward model of that size, KL 0.05, against TRL
+           0.11.4, the last with a whole PPO trainer (its own environment, .peers/trl011).
 generate   the generation phase alone: 32 prompts, 128 + 128 tokens, against plain
            `transformers.generate` in one batch of 32.
 
@@ -37,10 +39,13 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE.parents[1] / ".peers"
 SHAPES = {  # prompts, completions of each, prompt tokens, new tokens
     "grpo": (8, 4, 24, 64),
+    "ppo": (8, 4, 24, 64),
     "generate": (32, 1, 128, 128),
     "generate-groups": (8, 4, 128, 128),
 }
-TARGETS = {"grpo": {"experience": 6.0, "step": 3.0}, "generate": {"seconds": 9.0}}
+_STEP = {"experience": 6.0, "step": 3.0}
+TARGETS = {"grpo": _STEP, "ppo": _STEP, "generate": {"seconds": 9.0}}
+RIVALS = {"ppo": ("trl011", "step_trl_ppo.py")}  # environment and script, else trl's
 Results = dict[str, dict[str, Any]]
 
 
@@ -51,7 +56,7 @@ def main() -> int:
     results: Results = json.loads(file.read_text()) if file.exists() else {}
     for name, job in all_jobs(args).items():
         peer = name.split("/")[1]
-        found = run(peer, job)
+        found = run(name.split("/")[0], peer, job)
         results.setdefault(name, {"job": {**job, "prompts": len(job["prompts"])}, "runs": []})
         results[name]["runs"].append(found)
         print(name, json.dumps(phases(found)), flush=True)
@@ -74,7 +79,9 @@ def all_jobs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     "what": case.split("-")[0], "model": args.model, "dtype": dtype, "lr": 1e-6,
                     "threads": args.threads, "steps": args.steps, "repeats": args.repeats,
                     "prompts": prompts(count, size), "group": group, "new_tokens": new_tokens,
-                    "algorithm": "grpo", "kl": args.kl, "micro_rows": args.micro_rows,
+                    "algorithm": "ppo" if case == "ppo" else "grpo",
+                    "kl": 0.05 if case == "ppo" else args.kl, "reward": args.reward,
+                    "weights": peer.partition("-")[2] or "auto", "micro_rows": args.micro_rows,
                     "micro_tokens": args.micro_rows * (size + new_tokens), "bound": 500,
                 }  # fmt: skip
     return jobs
@@ -85,13 +92,16 @@ def prompts(count: int, size: int) -> list[list[int]]:
     return [[1000 + 7 * (i * size + j) % 40_000 for j in range(size)] for i in range(count)]
 
 
-def run(peer: str, job: dict[str, Any]) -> dict[str, Any]:
+def run(case: str, peer: str, job: dict[str, Any]) -> dict[str, Any]:
     """One contestant's process."""
-    python = sys.executable if peer == "sterna" else str(PEERS / "trl" / "bin" / "python")
+    folder, script = RIVALS.get(case, ("trl", "step_trl.py"))
+    python = str(PEERS / folder / "bin" / "python")
+    if peer.startswith("sterna"):
+        python, script = sys.executable, "step_sterna.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
-        command = [python, str(HERE / f"step_{peer}.py"), str(file)]
+        command = [python, str(HERE / script), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{peer} failed:\n{done.stderr[-2000:]}")
@@ -107,6 +117,12 @@ def phases(found: dict[str, Any]) -> dict[str, float]:
     return {n: statistics.median(step[n] for step in found["steps"][1:]) for n in names}
 
 
+def rival(name: str) -> str:
+    """Whose figures those of Sterna stand beside: CASE/trl/DTYPE, whatever its weights."""
+    case, _, dtype = name.split("/")
+    return f"{case}/trl/{dtype}"
+
+
 def medians(row: dict[str, Any]) -> dict[str, float]:
     """Of all runs of a case."""
     each = [phases(found) for found in row["runs"]]
@@ -119,8 +135,8 @@ def markdown(results: Results) -> str:
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, row in results.items():
         case, peer, dtype = name.split("/")
-        other = results.get(f"{case}/trl/{dtype}")
-        if peer != "sterna" or other is None:
+        other = results.get(rival(name))
+        if not peer.startswith("sterna") or other is None:
             continue
         own, theirs = medians(row), medians(other)
         for phase, seconds in own.items():
@@ -130,9 +146,10 @@ def markdown(results: Results) -> str:
             said = "" if target is None else f"{target:.0f}x"
             title = "generation" if phase in ("seconds", "generate") else phase
             cpu, cpu_other = own[f"cpu_{phase}"], theirs[f"cpu_{phase}"]
-            lines.append(f"| {case}, {dtype} | {title} | {seconds:.2f} | {theirs[phase]:.2f} | "
-                         f"{theirs[phase] / seconds:.2f}x | {said} | {cpu:.2f}, {cpu_other:.2f} | "
-                         f"{cpu_other / cpu:.2f}x |")  # fmt: skip
+            kind = peer.removeprefix("sterna").replace("-", ", rollouts in ")
+            lines.append(f"| {case}, {dtype}{kind} | {title} | {seconds:.2f} | "
+                         f"{theirs[phase]:.2f} | {theirs[phase] / seconds:.2f}x | {said} | "
+                         f"{cpu:.2f}, {cpu_other:.2f} | {cpu_other / cpu:.2f}x |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -151,7 +168,11 @@ def arguments() -> argparse.Namespace:
     words = {"type": lambda s: [word for word in s.split(",") if word]}
     parser.add_argument("--cases", default=["grpo", "generate"], **words)
     parser.add_argument("--dtypes", default=["bfloat16", "float32"], **words)
-    parser.add_argument("--peers", default=["sterna", "trl"], **words)
+    parser.add_argument(
+        "--peers", default=["sterna", "trl"], help="sterna-fp6 = rollout.weights fp6", **words
+    )
+    parser.add_argument("--reward", default=str(PEERS / "model" / "reward-bf16"),
+                        help="ppo: folder of a sequence classifier with one label")  # fmt: skip
     parser.add_argument("--model", default=str(PEERS / "model" / "hf-bf16"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)

@@ -38,19 +38,23 @@ def recipe(job: dict[str, Any], folder: Path) -> RlRecipe:
     """The job as a recipe in `folder`."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": ids}) + "\n" for ids in job["prompts"]))
-    size = len(job["prompts"][0])
+    size, is_ppo = len(job["prompts"][0]), job["algorithm"] == "ppo"
+    reward = {"kind": "function", "path": "given.py:small"}  # build is given one
+    if is_ppo:
+        reward = {"kind": "model", "path": job["reward"]}
     return RlRecipe.model_validate({
         "model": {"path": job["model"], "dtype": job["dtype"]},
         "prompts": {"path": str(prompts), "max_tokens": size},
         "rollout": {
             "prompts_per_step": len(job["prompts"]), "group_size": job["group"],
-            "max_tokens": job["new_tokens"], "ignore_eos": True,
+            "max_tokens": job["new_tokens"], "ignore_eos": True, "weights": job["weights"],
         },
         "algorithm": {
             "kind": job["algorithm"], "micro_tokens": job["micro_tokens"], "kl_coef": job["kl"],
         },
-        "rewards": [{"kind": "function", "path": "given.py:small"}],  # build is given one
+        "rewards": [reward],
         "optim": {"lr": job["lr"], "beta2": 0.999},
+        "critic": {"optim": {"lr": job["lr"], "beta2": 0.999}},
         "run": {"output": str(folder / "run"), "steps": job["steps"], "threads": job["threads"],
                 "samples": 0},
         "checkpoint": {"every": 0},
@@ -65,7 +69,8 @@ def now() -> tuple[float, float]:
 def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of each step and its phases."""
     found = []
-    with build(recipe(job, folder), rewards=[Small(job["bound"])]) as trainer:
+    given = None if job["algorithm"] == "ppo" else [Small(job["bound"])]
+    with build(recipe(job, folder), rewards=given) as trainer:
         trainer.start()
         while trainer.has_steps():
             marks = [now()]

@@ -301,3 +301,47 @@ def test_dequantize_equals_the_reference_to_the_bit(dtype, kind):
 
 def test_dequantize_has_no_kernel_for_other_types():
     assert CpuBackend(1).dequantize(torch.zeros(1, 144, dtype=torch.uint8), 12, DTYPES[0]) is None
+
+
+# A width of whole vectors and one with a rest, on every instruction set.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [64, 70])
+def test_the_gradient_of_a_gated_product(backend, dtype, activation, width):
+    torch.manual_seed(8)
+    x, w, grad = torch.randn(40, 32), torch.randn(2 * width, 32), torch.randn(40, width)
+    x, w, grad = x.to(dtype), w.to(dtype), grad.to(dtype)
+    out, sums = backend.gated_with_sums(x, w, activation, width)
+    assert torch.equal(out, cpu_calls.gated_linear(backend.eager, x, w, activation, width))
+    close(sums, reference.linear(x, w, None, None, 2 * width), "linear", dtype)
+    leaf = sums.double().requires_grad_()
+    gate, up = leaf.split(width, dim=1)
+    (reference.activate_wide(gate, activation) * up).backward(grad.double())
+    close(backend.gated_backward(grad, sums, activation), leaf.grad, "gated_linear", dtype)
+
+
+def test_draws_scores_and_their_gradients(backend, monkeypatch):
+    """One distribution without and one with survivors, against float64, on every set."""
+    from sterna.kernels import sampling, score_gradient, scores
+
+    for module in (sampling, score_gradient, scores):
+        monkeypatch.setattr(module, "backend_for", lambda _: backend)
+    torch.manual_seed(9)
+    logits = torch.randn(4, 501) * 3
+    g, k = torch.tensor([1.0, -1.0, 0.5, 2.0]), torch.tensor([0.0, 1.0, -0.5, 0.0])
+    for of in (scores.Distribution(0.7), scores.Distribution(1.0, top_k=20)):
+        draws = [sampling.Draw(i, of.temperature, of.top_k, 1.0, 0.0, 0.37) for i in range(4)]
+        drawn = sampling.draw_scored(logits.numpy(), draws)
+        tokens = torch.tensor([one.token_id for one in drawn])
+        said = scores.score(logits.numpy(), tokens.int().numpy(), [of])
+        assert [one.logprob for one in drawn] == said.logprobs.tolist()
+        kept = logits >= logits.topk(of.top_k or 501, dim=1).values[:, -1:]
+        leaf = logits.double().requires_grad_()
+        log_p = (leaf / of.temperature).masked_fill(~kept, -torch.inf).log_softmax(1)
+        chosen = log_p.gather(1, tokens[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p.masked_fill(~kept, 0.0)).sum(1)
+        assert (torch.from_numpy(said.logprobs) - chosen).abs().max() < 2e-6
+        (chosen @ g.double() + entropy @ k.double()).backward()
+        out = torch.empty(4, 501)
+        score_gradient.row_gradient(logits, tokens, of, g, k, out)
+        assert (out - leaf.grad).abs().max() < 5e-6

@@ -13,7 +13,8 @@ from sterna.engine.request import SamplingParams
 from sterna.engine.rng import uniform
 from sterna.engine.sampler import RowPlan, reference_draw
 from sterna.kernels.load import load_kernels
-from sterna.kernels.sampling import Draw, draw
+from sterna.kernels.sampling import Draw, draw, draw_scored
+from sterna.kernels.scores import Distribution, score
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -89,3 +90,26 @@ def test_frequencies_are_those_of_the_softmax():
     want = np.exp(logits[0].astype(np.float64))
     want *= 20_000 / want.sum()
     assert ((seen - want) ** 2 / want).sum() < 31.3
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("vocab", [37, 1000, 49152])
+def test_the_draw_says_the_bits_of_the_score(settings, vocab):
+    """So that a rollout's log-probs, which come with the draw, are the trainer's."""
+    params, logits = SamplingParams(**settings), rows(6, vocab)
+    draws = [as_draw(i, params, 3, i) for i in range(6)]
+    found = draw_scored(logits, draws)
+    tokens = np.array([one.token_id for one in found], np.int32)
+    assert tokens.tolist() == draw(logits, draws)
+    of = Distribution(params.temperature, params.top_k, params.top_p, params.min_p)
+    assert [one.logprob for one in found] == score(logits, tokens, [of]).logprobs.tolist()
+    chosen = logits[np.arange(6), tokens]
+    assert [one.rank for one in found] == (1 + (logits > chosen[:, None]).sum(1)).tolist()
+
+
+def test_a_broken_row_has_no_logprob():
+    logits = rows(2, 300)
+    logits[0, 7] = np.nan
+    broken, sound = draw_scored(logits, [Draw(i, 1.0, 0, 1.0, 0.0, 0.5) for i in range(2)])
+    assert broken.token_id == -1 and np.isnan(broken.logprob)
+    assert sound.token_id >= 0 and sound.logprob < 0

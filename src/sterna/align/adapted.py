@@ -112,17 +112,24 @@ def is_adapter_folder(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
+def shares_policy_base(path: Path, recipe: RlRecipe) -> bool:
+    """Whether the adapter in `path` is one of the base that the policy's adapter is on."""
+    return recipe.adapter is not None and _base_of(path) == resolve_model(recipe.model.path)
+
+
+def _base_of(path: Path) -> Path:
+    return resolve_model(read_peft(path).config.get("base_model_name_or_path") or "")
+
+
 def adapted_reward(path: Path, recipe: RlRecipe, policy: Decoder | None) -> ValueModel:
     """The reward model of an adapter's folder, on the policy's base where that is its own.
 
     Errors as the loaders'; ModelFileError without a score.
     """
-    named = resolve_model(read_peft(path).config.get("base_model_name_or_path") or "")
-    is_shared = recipe.adapter is not None and named == resolve_model(recipe.model.path)
-    if policy is not None and is_shared:
+    if policy is not None and shares_policy_base(path, recipe):
         trunk = twin(policy)
     else:
-        trunk = load_model(named, recipe.model.dtype, recipe.model.device).decoder
+        trunk = load_model(_base_of(path), recipe.model.dtype, recipe.model.device).decoder
     model = ValueModel(trunk)
     assert isinstance(model.trunk, Decoder)
     load_adapter(model.trunk, path)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sterna.align.adapted import load_policy, shared_critic, shares_base, without_adapter
+from sterna.align.adapted import load_policy, shared_critic, shares_base
 from sterna.align.answers import Answers
 from sterna.align.auditor import Auditor
 from sterna.align.changes import changed
@@ -21,9 +20,12 @@ from sterna.align.distill.learner import DistillLearner
 from sterna.align.distill.teach import GivenDraw, load_teacher
 from sterna.align.draw import Draw, make_draw, make_toolbox, speaks_chat
 from sterna.align.engines import RolloutEngine, make_engine
-from sterna.align.experience import Models
+from sterna.align.keep import keep
 from sterna.align.kl import KLController
-from sterna.align.learner import Learner, Trained, values_of
+from sterna.align.learner import Learner, Trained
+from sterna.align.memory.away import Frozen
+from sterna.align.memory.start import placed
+from sterna.align.models import distribution_of, is_exact, logprobs_of, make_models
 from sterna.align.prompts import PromptStream, that_fit
 from sterna.align.ptx import make_ptx
 from sterna.align.ranks import NoReward, on_main, threads_of_rank
@@ -33,18 +35,14 @@ from sterna.align.rewards import make_rewards
 from sterna.align.rlhooks import RlHook
 from sterna.align.rlreport import RlReport
 from sterna.align.rltrainer import RlParts, RlTrainer
-from sterna.align.rollout import Rollout
-from sterna.align.score import completion_logprobs, micro_batches
 from sterna.align.tasks.base import Task
 from sterna.align.tasks.table import make_task
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import write_atomic
 from sterna.kernels.device import check_device, set_threads
-from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
-from sterna.model.load import load_model
 from sterna.parallel.mesh import Mesh
 from sterna.text.save import tokenizer_files
 from sterna.text.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +63,8 @@ FREE = (
     "run.threads",
     "run.timeout_s",
     "rollout.workers",
+    "rollout.kv_tokens",
+    "memory.*",
     "run.dump",
     "run.samples",
     "checkpoint.*",
@@ -91,6 +91,7 @@ def build(
     check_device(recipe.model.device)
     set_threads(recipe.run.threads or threads_of_rank())
     source = at or on_main(mesh, lambda: _source(recipe, resume))
+    recipe = on_main(mesh, lambda: placed(recipe, source))
     if source is not None:
         _check_recipe(recipe, source)
     torch.manual_seed(recipe.run.seed)
@@ -104,7 +105,7 @@ def build(
         write_atomic(recipe.run.output / "recipe.toml", to_toml(recipe))
     hybrid = make_engine(recipe, policy, tokenizer)
     asked = that_fit(recipe.prompts, hybrid.max_model_len, recipe.rollout.max_tokens)
-    teacher = load_teacher(recipe, policy, tokenizer) if recipe.distill.teacher else None
+    teacher = _teacher(recipe, policy, tokenizer)
     learner = _learner(recipe, policy, hybrid, tokenizer, device, teacher)
     task = make_task(recipe.prompts.task, recipe.prompts.options) if recipe.prompts.task else None
     toolbox = make_toolbox(recipe)
@@ -119,7 +120,7 @@ def build(
             hybrid=hybrid,
             draw=_draw(recipe, policy, ask, tokenizer),
             ask=ask,
-            models=_models(recipe, policy, hybrid, learner, base, device, teacher),
+            models=make_models(recipe, policy, hybrid, learner, base, device, teacher),
             learner=learner,
             ema=Ema(weights, recipe.optim.ema_decay) if recipe.optim.ema_decay else None,
             prompts=PromptStream(asked, tokenizer, task, tools=told),
@@ -172,7 +173,7 @@ def _learner(
     hybrid: RolloutEngine,
     tokenizer: Tokenizer,
     device: torch.device,
-    teacher: Decoder | None,
+    teacher: Frozen | None,
 ) -> Learner:
     critic = None
     if recipe.algorithm.kind == "ppo":
@@ -181,15 +182,15 @@ def _learner(
         else:
             path = recipe.critic.path or recipe.model.path
             model = load_critic(resolve_model(path), recipe.model.dtype, device, tokenizer)
-        critic = _trained(model, recipe.critic.optim, recipe.run.seed + 1)
+        critic = _trained(recipe, model, recipe.critic.optim, recipe.run.seed + 1)
     kind: Callable[..., Learner] = Learner
     if teacher is not None and recipe.distill.loss == "full":
         kind = partial(DistillLearner, teacher, recipe.distill)
     return kind(
-        _trained(policy, recipe.optim, recipe.run.seed),
+        _trained(recipe, policy, recipe.optim, recipe.run.seed),
         critic,
         recipe.algorithm,
-        _distribution(recipe),
+        distribution_of(recipe),
         _correction(recipe, hybrid),
         recipe.run.seed,
         device,
@@ -197,81 +198,32 @@ def _learner(
     )
 
 
-def _trained(model: torch.nn.Module, settings: OptimSection, seed: int) -> Trained:
+def _teacher(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Frozen | None:
+    if not recipe.distill.teacher:
+        return None
+    return Frozen.of(load_teacher(recipe, policy, tokenizer), recipe, recipe.memory.reference)
+
+
+def _trained(
+    recipe: RlRecipe, model: torch.nn.Module, settings: OptimSection, seed: int
+) -> Trained:
+    keep(model, recipe.algorithm.micro_tokens)
     optimizer = AdamW(trained(model), settings, seed)
     return Trained(model, optimizer, Gradients(model.parameters()), settings.grad_clip)
-
-
-def _distribution(recipe: RlRecipe) -> Distribution:
-    rollout = recipe.rollout
-    return Distribution(rollout.temperature, rollout.top_k, rollout.top_p)
-
-
-def _is_exact(recipe: RlRecipe, hybrid: RolloutEngine) -> bool:
-    """Whether a rollout's log-probs are the trainer's bits: its present weights, on the CPU."""
-    return hybrid.is_exact and recipe.model.device == "cpu" and not recipe.rollout.staleness
 
 
 def _correction(recipe: RlRecipe, hybrid: RolloutEngine) -> str:
     asked = recipe.algorithm.correction
     if asked != "auto":
         return asked
-    return "none" if _is_exact(recipe, hybrid) else "token_truncate"
-
-
-def _models(
-    recipe: RlRecipe,
-    policy: Decoder,
-    hybrid: RolloutEngine,
-    learner: Learner,
-    base: Path,
-    device: torch.device,
-    teacher: Decoder | None,
-) -> Models:
-    """Who is asked about rollouts; the trainer is not where the engine has said the same bits."""
-    scored = partial(_logprobs, recipe=recipe, device=device)
-    reference = None
-    wants = bool(recipe.algorithm.kl_coef or recipe.algorithm.kl_target)
-    if wants and recipe.adapter is not None and not recipe.reference:
-        reference = without_adapter(policy, partial(scored, policy))
-    elif wants:
-        path = resolve_model(recipe.reference) if recipe.reference else base
-        frozen = load_model(path, recipe.model.dtype, device).decoder.requires_grad_(False)
-        reference = partial(scored, frozen)
-    elif teacher is not None and recipe.distill.loss == "sampled":
-        reference = partial(scored, teacher)
-    critic = learner.critic
-    return Models(
-        policy=None if _is_exact(recipe, hybrid) else partial(scored, policy),
-        reference=reference,
-        critic=None if critic is None else partial(_values, critic.model, recipe, device),
-    )
+    return "none" if is_exact(recipe, hybrid) else "token_truncate"
 
 
 def _draw(recipe: RlRecipe, policy: Decoder, ask: Draw, tokenizer: Tokenizer) -> Draw:
     if recipe.distill.lmbda == 1:
         return ask
-    scored = partial(_logprobs, policy, recipe=recipe, device=torch.device(recipe.model.device))
+    scored = partial(logprobs_of, policy, recipe=recipe, device=torch.device(recipe.model.device))
     return GivenDraw(ask, recipe.distill.lmbda, tokenizer, scored)
-
-
-@torch.no_grad()
-def _logprobs(
-    model: Decoder, rollouts: Sequence[Rollout], *, recipe: RlRecipe, device: torch.device
-) -> Tensor:
-    distribution, size = _distribution(recipe), recipe.algorithm.micro_tokens
-    parts = micro_batches(rollouts, size)
-    found = [completion_logprobs(model, p, distribution, device=device)[0].cpu() for p in parts]
-    return torch.cat(found) if found else torch.zeros(0)
-
-
-@torch.no_grad()
-def _values(
-    critic: torch.nn.Module, recipe: RlRecipe, device: torch.device, rollouts: Sequence[Rollout]
-) -> Tensor:
-    parts = micro_batches(rollouts, recipe.algorithm.micro_tokens)
-    found = [values_of(critic, part, device).cpu() for part in parts]  # type: ignore[arg-type]
-    return torch.cat(found) if found else torch.zeros(0)
 
 
 def _eval_prompts(

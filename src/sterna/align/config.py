@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sterna.align.memory.config import MemorySection
 from sterna.data.config import DataConfig, SourceConfig
 from sterna.train.adapter_config import AdapterConfig
 from sterna.train.config import (
@@ -86,9 +87,10 @@ class RolloutSection(Section):
         default=False, description="every completion has max_tokens tokens: for speed benches"
     )
     weights: str = Field(
-        default="policy",
+        default="auto",
         description="policy = the trainer's own; packed = a copy of the same bits that is read "
-        "faster; merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
+        "faster; auto = packed where that pays (on a CPU, without adapter), else policy; "
+        "merged = a copy with the adapter folded in; fp6, int8, ... = a quantised copy. "
         "Copies are made anew after each step, the mismatch of the last two corrected",
     )
     speculation: bool = Field(
@@ -104,7 +106,7 @@ class RolloutSection(Section):
         default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
         "make the completions; 0 = the trainer's own; the same tokens",
     )  # fmt: skip
-    token_budget: int = Field(default=256, gt=0, description="tokens of an engine step")
+    token_budget: int = Field(default=1024, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"
     )
@@ -316,6 +318,7 @@ class RlRecipe(Section):
     ptx: PtxSection = PtxSection()
     optim: OptimSection = OptimSection(lr=1e-6)
     schedule: ScheduleSection = ScheduleSection(kind="constant")
+    memory: MemorySection = MemorySection()
     run: RlRunSection = RlRunSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: RlEvalSection = RlEvalSection()

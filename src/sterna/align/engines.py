@@ -19,7 +19,7 @@ from sterna.align.adapted import load_policy
 from sterna.align.config import RlRecipe
 from sterna.align.hybrid import PACKED, POLICY, HybridEngine, Sampling
 from sterna.align.rollout import Rollout
-from sterna.align.rollout_engine import engine_config
+from sterna.align.rollout_engine import engine_config, rollout_weights
 from sterna.align.siblings import DraftCount
 from sterna.align.spawn import spawn
 from sterna.align.transport import SharedFile, WeightTransport
@@ -236,11 +236,9 @@ class EngineGroup:
 
 def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> RolloutEngine:
     """As the recipe's `rollout` asks. WorkerError when a process cannot build its engine."""
-    rollout = recipe.rollout
+    rollout, kind = recipe.rollout, rollout_weights(recipe, policy)
     if not rollout.workers:
-        return HybridEngine(
-            policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
-        )
+        return HybridEngine(policy, tokenizer, engine_config(recipe), kind, rollout.speculation)
     threads = worker_threads(recipe)
     args = (recipe.model_dump_json(), threads)
     group = spawn(
@@ -249,7 +247,7 @@ def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Roll
     transport = SharedFile()
     weights = dict(trained(policy))  # of an adapted policy the adapter alone
     show = Carried(transport, SharedFile(transport.path), weights)
-    return EngineGroup(group, show, rollout.weights in (POLICY, PACKED))
+    return EngineGroup(group, show, kind in (POLICY, PACKED))
 
 
 def worker_threads(recipe: RlRecipe) -> int:
@@ -270,8 +268,6 @@ def engine_actor(text: str, threads: int) -> EngineActor:
     policy = load_policy(recipe, base, None, device)
     weights = dict(trained(policy))
     policy.requires_grad_(False)
-    rollout = recipe.rollout
-    hybrid = HybridEngine(
-        policy, tokenizer, engine_config(recipe), rollout.weights, rollout.speculation
-    )
+    kind, has_guesses = rollout_weights(recipe, policy), recipe.rollout.speculation
+    hybrid = HybridEngine(policy, tokenizer, engine_config(recipe), kind, has_guesses)
     return EngineActor(hybrid, weights)

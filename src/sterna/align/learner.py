@@ -28,7 +28,7 @@ from sterna.align.loss import (
 )
 from sterna.align.ptx import Ptx
 from sterna.align.rollout import Rollout
-from sterna.align.score import completion_logprobs, completion_rows, rollout_batch
+from sterna.align.score import added_tokens, completion_logprobs, scored_batch
 from sterna.core.errors import NonFiniteError
 from sterna.data.order import Permutation, mix
 from sterna.kernels.scores import Distribution
@@ -121,8 +121,8 @@ class Learns(Protocol):
 
 def values_of(critic: ValueFunction, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """[N]: what the critic expected before each completion token."""
-    found = critic.values(rollout_batch(rollouts, device))
-    return found.index_select(0, completion_rows(rollouts).to(found.device))
+    scored = scored_batch(critic, rollouts, device)
+    return critic.values(scored.batch).index_select(0, scored.rows)
 
 
 class Learner:
@@ -329,10 +329,11 @@ def _cut(
     at, room = sum(sizes[: share.start]), 0
     cuts: list[tuple[list[int], int]] = []
     for i, length in zip(chosen[share], sizes[share], strict=True):
-        size = experience.rollouts[i].num_tokens
+        rollout = experience.rollouts[i]
+        size = added_tokens(rollout, experience.rollouts[cuts[-1][0][-1]] if cuts else None)
         if not cuts or size > room:
             cuts.append(([], at))
-            room = micro_tokens
+            room, size = micro_tokens, rollout.num_tokens
         cuts[-1][0].append(i)
         room -= size
         at += length

@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 from sterna.core.errors import ConfigError
 from sterna.kernels import ops
+from sterna.kernels.backend import backend_for
 from sterna.model.decoder import Decoder
 from sterna.model.heads import Embedding, LMHead
 from sterna.model.layers import GatedLinear, Linear, packed
 from sterna.quant.linear import QuantModule
 from sterna.train.adapter_modules import AdaptedModule
+
+# Engine steps an update from which a copy pays: SmolLM2 is packed in 12 ms, and a step of 32 rows
+# that reads the copy takes 8 ms less. Twice the break-even of 1.5.
+LEAST_STEPS = 4
 
 
 class PackedCopy:
@@ -24,7 +29,7 @@ class PackedCopy:
 
     def __init__(self, policy: Decoder) -> None:
         """ConfigError for a policy with an adapter or on a quantised base."""
-        if any(isinstance(module, AdaptedModule | QuantModule) for module in policy.modules()):
+        if not is_plain(policy):
             raise ConfigError(
                 'rollout.weights is "packed", which copies whole plain models; this policy has an '
                 'adapter or a quantised base: set it to "policy", or to "merged" with an adapter',
@@ -45,7 +50,18 @@ class PackedCopy:
     def renew(self) -> None:
         """Pack the weights as they are now, in place: recorded steps keep the addresses."""
         for plain, kept, is_gated in self._copies:
-            kept.copy_(ops.pack_weight(plain, is_gated))
+            ops.pack_weight(plain, is_gated, kept)
+
+
+def is_plain(policy: Decoder) -> bool:
+    """Whether its matrices are whole plain ones: no adapter, no quantised base."""
+    return not any(isinstance(m, AdaptedModule | QuantModule) for m in policy.modules())
+
+
+def can_pack(policy: Decoder) -> bool:
+    """Whether there is such a copy of it, in a layout that is read faster."""
+    has_layout = policy.device.type == "cpu" and backend_for("cpu").name == "cpu"
+    return has_layout and type(policy) is Decoder and is_plain(policy)
 
 
 def shared_copy(policy: Decoder) -> Decoder:

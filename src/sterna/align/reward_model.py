@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from sterna.align.memory.away import Frozen
 from sterna.align.reward import Sample
-from sterna.align.score import micro_batches, rollout_batch
+from sterna.align.score import ended_batch, micro_batches
 from sterna.model.value import ValueModel
 
 
@@ -16,18 +17,19 @@ class ModelReward:
 
     name = "model"
 
-    def __init__(self, model: ValueModel, micro_tokens: int) -> None:
-        self._model = model
-        model.requires_grad_(False)
-        self._device = model.device
+    def __init__(self, frozen: Frozen, micro_tokens: int) -> None:
+        assert isinstance(frozen.model, ValueModel), "a reward model has a score"
+        self._frozen = frozen
+        self._model = frozen.model
+        self._device = frozen.model.device
         self._micro_tokens = micro_tokens
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """The score at the last token, which is the end token where one was generated."""
         found: list[float] = []
-        for part in micro_batches([sample.rollout for sample in samples], self._micro_tokens):
-            batch = rollout_batch(part, self._device)
-            values = self._model.values(batch)
-            found.extend(values[batch.query_starts[1:].long() - 1].tolist())
+        with self._frozen.here():
+            for part in micro_batches([sample.rollout for sample in samples], self._micro_tokens):
+                asked = ended_batch(self._model, part, self._device)
+                found.extend(self._model.values(asked.batch)[asked.rows].tolist())
         return found

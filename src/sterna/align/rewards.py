@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from sterna.align.adapted import adapted_reward, is_adapter_folder
+from sterna.align.adapted import adapted_reward, is_adapter_folder, shares_policy_base
 from sterna.align.config import RewardSection, RlRecipe
 from sterna.align.critic import check_tokenizer
+from sterna.align.memory.away import Frozen
 from sterna.align.reward import Reward, RewardSum, Sample
 from sterna.align.reward_model import ModelReward
 from sterna.align.rewards_io import FunctionReward, HttpReward
@@ -70,8 +72,14 @@ def _reward(
         case "model":
             path = resolve_model(section.path)
             check_tokenizer(path, tokenizer, "rewards.path")
-            if is_adapter_folder(path):
-                model = adapted_reward(path, recipe, policy)
-            else:
-                model = load_value_model(path, recipe.model.dtype, recipe.model.device)
-            return ModelReward(model, recipe.algorithm.micro_tokens)
+            return ModelReward(_frozen_model(path, recipe, policy), recipe.algorithm.micro_tokens)
+
+
+def _frozen_model(path: Path, recipe: RlRecipe, policy: Decoder | None) -> Frozen:
+    """In its tier, but for one on the policy's own base."""
+    if not is_adapter_folder(path):
+        model = load_value_model(path, recipe.model.dtype, recipe.model.device)
+        return Frozen.of(model, recipe, recipe.memory.rewards)
+    model = adapted_reward(path, recipe, policy)
+    is_shared = policy is not None and shares_policy_base(path, recipe)
+    return Frozen.of(model, recipe, "memory" if is_shared else recipe.memory.rewards)

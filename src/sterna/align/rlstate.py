@@ -30,13 +30,18 @@ class RlCounters:
 
 
 def snapshot(trainer: RlTrainer) -> Snapshot:
-    """A copy of everything that later steps do not touch."""
+    """A copy of everything that later steps do not touch.
+
+    No copy where the run waits for the write (`checkpoint.is_async` = false).
+    """
     parts, learner = trainer.parts, trainer.parts.learner
     ahead = trainer.ahead.state()
     model = learner.policy.model
     weights = policy_files(parts.recipe, model)
-    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights.tensors}
-    state = {key: value.detach().to("cpu", copy=True) for key, value in _tensors(trainer).items()}
+    is_copy = parts.recipe.checkpoint.is_async
+    tensors = {name: tensor.to("cpu", copy=is_copy) for name, tensor in weights.tensors}
+    own = _tensors(trainer).items()
+    state = {key: value.detach().to("cpu", copy=is_copy) for key, value in own}
     meta = {
         "sterna": __version__,
         "counters": asdict(trainer.counters),

@@ -31,7 +31,7 @@ What you can do next:
   sterna embed FILE --model M -o V.npy   a file of texts to vectors
   sterna train RECIPE.toml        fine-tune or pretrain a model
   sterna align RECIPE.toml        teach a model what is better, by rewards
-  sterna plan --seq-len 65536     whether a long row fits, and with which settings
+  sterna plan RECIPE.toml         what a run takes; --seq-len 65536: whether a long row fits
   sterna quantize -o FOLDER       a model in six bits a weight; serve the folder
   sterna quality A B --text FILE  how far a quantised model is from the original
   sterna bench serve              measure any OpenAI endpoint under load

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sterna.cli.flags import AsJson
+from sterna.cli.plan_recipe import plan_recipe_files
 from sterna.core.errors import ConfigError
 from sterna.core.log import setup_logging
 
 
 def plan(
-    model: str = "",
-    /,
-    *,
+    *model: str,
     seq_len: int = 8192,
     longest_document: int = 0,
     gpus: int = 0,
@@ -31,12 +30,15 @@ def plan(
 ) -> int:
     """Predict memory and time of training on rows of SEQ-LEN tokens, and choose the settings.
 
-    Exit code 1 when nothing fits; the nearest settings and what they lack are printed.
+    Of a recipe (RECIPE.toml, with key=value behind it): the memory of each step and phase, of
+    `sterna train` and `sterna align` alike. Exit code 1 when nothing fits; the nearest settings and
+    what they lack are printed.
 
     Parameters
     ----------
     model
-        Folder, .gguf file, name, or a config.json alone; empty is the default model.
+        Folder, .gguf file, name, or a config.json alone; empty is the default model. Or recipes,
+        layered left to right, of which --hbm (with --gpus), --host-ram and --disk give the budget.
     seq_len
         Tokens of a packed row.
     longest_document
@@ -69,7 +71,13 @@ def plan(
     from sterna.train.memory import Job
 
     setup_logging("WARNING")
-    shape = _shape(model, dtype)
+    if any(word.endswith(".toml") for word in model):
+        memory = hbm if gpus else host_ram
+        host = host_ram * 1e9 if gpus else 0.0
+        return plan_recipe_files(model, memory * 1e9, host, disk * 1e9, as_json)
+    if len(model) > 1:
+        raise ConfigError(f"{len(model)} models; give one, or recipes (.toml) with key=value")
+    shape = _shape(model[0] if model else "", dtype)
     machines = _machines(gpus, nodes, hbm, host_ram, disk, tflops)
     job = Job(
         seq_len, 2 if dtype == "bfloat16" else 4, states, master, micro_batches > 1,

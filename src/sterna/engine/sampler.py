@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sterna.core.errors import RequestError, StepError, SternaError
 from sterna.engine.request import SamplingParams, TokenLogprob
 from sterna.engine.rng import uniform
-from sterna.kernels.sampling import Draw, draw
+from sterna.kernels.sampling import Draw, draw, draw_scored
 from sterna.kernels.scores import PLAIN, Distribution, score
 
 # Below this a softmax over float32 logits is one-hot anyway, and l / t would overflow.
@@ -56,6 +56,7 @@ class RowPlan:
     bitmask: NDArray[np.int32] | None = None  # bit i of word i // 32: token i is allowed
     is_free: bool = field(init=False)  # steps 1 and 2 do nothing, now and later
     is_plain_greedy: bool = field(init=False)
+    is_told: bool = field(init=False)  # the draw itself says the log-prob that was asked for
 
     def ahead(self, tokens: Sequence[int]) -> RowPlan:
         """The plan of the row behind `tokens`, as if they were committed."""
@@ -67,6 +68,7 @@ class RowPlan:
         ids = p.allowed_token_ids or self.bad_words or p.logit_bias or p.min_tokens
         self.is_free = not (ids or has_penalties(p) or p.structured or self.bitmask is not None)
         self.is_plain_greedy = self.is_free and is_greedy(p) and p.logprobs is None
+        self.is_told = self.is_free and not is_greedy(p) and _tells_drawn(p)
 
 
 class Sampled(NamedTuple):
@@ -89,6 +91,19 @@ def has_penalties(params: SamplingParams) -> bool:
     )
 
 
+def _tells_drawn(params: SamplingParams) -> bool:
+    """The log-prob that is wanted is the one of the distribution the token is drawn from."""
+    if params.logprobs is None:
+        return False
+    return params.logprobs_mode == "processed" or (
+        params.logprobs == 0 and _distribution(params) == PLAIN
+    )
+
+
+def _distribution(params: SamplingParams) -> Distribution:
+    return Distribution(params.temperature, params.top_k, params.top_p, params.min_p)
+
+
 def sample(
     logits: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
 ) -> list[Sampled]:
@@ -101,7 +116,7 @@ def sample(
         return _sample_greedy(logits, rows)
     drawn = _draw_free(logits, rows, plans)
     jobs = enumerate(zip(rows, plans, strict=True))
-    return [_sample_row(logits[row], plan, drawn.get(i)) for i, (row, plan) in jobs]
+    return [drawn.get(i) or _sample_row(logits[row], plan) for i, (row, plan) in jobs]
 
 
 def draw_tokens(
@@ -137,8 +152,7 @@ def chosen_logprob(
         return None
     if params.logprobs_mode == "raw" or is_greedy(params):
         return token_logprob(raw, token_id, params.logprobs)
-    drawn_from = Distribution(params.temperature, params.top_k, params.top_p, params.min_p)
-    scores = score(raw[None], np.array([token_id], np.int32), [drawn_from])
+    scores = score(raw[None], np.array([token_id], np.int32), [_distribution(params)])
     return TokenLogprob(token_id, float(scores.logprobs[0]), _rank(raw, token_id))
 
 
@@ -169,11 +183,25 @@ def _sample_greedy(logits: NDArray[np.float32], rows: Sequence[int]) -> list[Sam
 
 def _draw_free(
     logits: NDArray[np.float32], rows: Sequence[int], plans: Sequence[RowPlan]
-) -> dict[int, int]:
-    """Tokens of the rows that need no processing, by one native call on all threads; or none."""
-    free = [i for i, plan in enumerate(plans) if plan.is_free]
+) -> dict[int, Sampled]:
+    """The rows that need no processing, by one native call on all threads; or none.
+
+    Log-probs come with the draw where they can: 32 rows of 49,152 that are asked for theirs one by
+    one cost more than drawing them.
+    """
+    found: dict[int, Sampled] = {}
+    told = [i for i, plan in enumerate(plans) if plan.is_told]
+    scored = draw_scored(logits, [_as_draw(rows[i], plans[i]) for i in told]) if told else None
+    for i, (token_id, logprob, rank) in zip(told, scored or (), strict=scored is not None):
+        is_sound = token_id != -1
+        found[i] = (
+            Sampled(token_id, TokenLogprob(token_id, logprob, rank)) if is_sound else _broken_row()
+        )
+    free = [i for i, plan in enumerate(plans) if plan.is_free and i not in found]
     tokens = draw(logits, [_as_draw(rows[i], plans[i]) for i in free]) if free else None
-    return {} if tokens is None else dict(zip(free, tokens, strict=True))
+    for i, token_id in zip(free, tokens or (), strict=tokens is not None):
+        found[i] = sampled(logits[rows[i]], plans[i], token_id)
+    return found
 
 
 def _greedy_token(row: NDArray[np.float32]) -> int:
@@ -194,16 +222,14 @@ def _as_draw(row: int, plan: RowPlan, ahead: int = 0) -> Draw:
     return Draw(row, p.temperature, p.top_k, p.top_p, p.min_p, share)
 
 
-def _sample_row(raw: NDArray[np.float32], plan: RowPlan, drawn: int | None) -> Sampled:
-    """`drawn`: the token if a native draw has found it already, -1 for a broken row."""
-    if drawn == -1 or (drawn is None and not np.isfinite(raw.max())):  # max propagates NaN
+def _sample_row(raw: NDArray[np.float32], plan: RowPlan) -> Sampled:
+    """A row that no native call has drawn."""
+    if not np.isfinite(raw.max()):  # max propagates NaN
         return _broken_row()
-    token_id = drawn
-    if token_id is None:
-        row = raw if plan.is_free else _process(raw, plan)
-        if row is None:
-            return Sampled(-1, error=_nothing_left())
-        token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
+    row = raw if plan.is_free else _process(raw, plan)
+    if row is None:
+        return Sampled(-1, error=_nothing_left())
+    token_id = int(row.argmax()) if is_greedy(plan.params) else _draw(row, plan)
     return sampled(raw, plan, token_id)
 
 

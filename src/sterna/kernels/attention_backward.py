@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sterna.kernels.backend import backend_for
-from sterna.kernels.reference import wide
+from sterna.kernels.reference import own_keys, wide
 
 TILE_ROWS = 128  # 1,024 tokens in bfloat16: 74 ms a layer; tiles of 256 and 512 rows 230 and 370
 TILE_BYTES = 64 << 20
@@ -43,6 +43,35 @@ def attention(
     if native is not None:
         return (native, *(None,) * 7)
     return (reference(grad, qkv, query_starts, heads, scale, window, softcap), *(None,) * 7)
+
+
+def shared_attention(
+    grad: Tensor,
+    wants: tuple[bool, ...],
+    qkv: Tensor,
+    query_starts: Tensor,
+    key_rows: Tensor,
+    key_starts: Tensor,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    """grad [T, H * C] -> qkv's: sequences apart, then the prefixes' shares summed in float32.
+
+    A prefix has no upstream gradient as query of a sequence that only reads it: the kernel passes
+    over tiles of zeros.
+    """
+    own = own_keys(query_starts, key_starts)
+    rows = key_rows.long()
+    upstream = grad.new_zeros(len(rows), grad.shape[1]).index_copy_(0, own, grad)
+    (found, *_) = attention(upstream, wants, qkv.index_select(0, rows), key_starts, *options)
+    assert found is not None, "attention always has a gradient"
+    d_qkv = found.index_select(0, own)
+    is_read = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_fill_(0, own, False)
+    read = is_read.nonzero()[:, 0]
+    if len(read):
+        prefixes, places = torch.unique(rows[read], return_inverse=True)
+        total = wide(d_qkv[prefixes]).index_add_(0, places, wide(found[read]))
+        d_qkv.index_copy_(0, prefixes, total.to(d_qkv.dtype))
+    return (d_qkv, *(None,) * 9)
 
 
 def reference(

@@ -34,14 +34,24 @@ class KernelBackend(Protocol):
         """
         ...
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
-        """[N, K] to the 4-D layout of the kernels, or `weight` itself."""
+    def pack_weight(self, weight: Tensor, gated: bool = False, out: Tensor | None = None) -> Tensor:
+        """[N, K] to the 4-D layout of the kernels, into `out` if given; or `weight` itself."""
         ...
 
     def unpack_weight(
         self, packed: Tensor, out_features: int, in_features: int, gated: bool = False
     ) -> Tensor:
         """The [N, K] weight that `pack_weight` took; a size of 0 leaves that dim's padding on."""
+        ...
+
+    def gated_backward(self, grad: Tensor, sums: Tensor, activation: str) -> Tensor | None:
+        """The gradient [T, 2 I] of act(gate) * up by both, or None: no kernel for these."""
+        ...
+
+    def gated_with_sums(
+        self, x: Tensor, weight: Tensor, activation: str, out_features: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`gated_linear` of a plain weight and its sums [T, 2 I], or None: no kernel for these."""
         ...
 
     def attention_backward(
@@ -76,7 +86,7 @@ class ReferenceBackend:
         size = num_kv_heads * block_size * row_elems(head_dim, dtype)
         return torch.zeros(num_blocks, 2, size, dtype=dtype, device=device)
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+    def pack_weight(self, weight: Tensor, gated: bool = False, out: Tensor | None = None) -> Tensor:
         """See KernelBackend."""
         return weight
 
@@ -85,6 +95,16 @@ class ReferenceBackend:
     ) -> Tensor:
         """See KernelBackend."""
         return packed
+
+    def gated_backward(self, grad: Tensor, sums: Tensor, activation: str) -> Tensor | None:
+        """See KernelBackend."""
+        return None
+
+    def gated_with_sums(
+        self, x: Tensor, weight: Tensor, activation: str, out_features: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """See KernelBackend."""
+        return None
 
     def attention_backward(
         self,

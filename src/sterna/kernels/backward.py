@@ -23,7 +23,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sterna.kernels.attention_backward import attention
+from sterna.kernels.attention_backward import attention, shared_attention
+from sterna.kernels.backend import backend_for
 from sterna.kernels.reference import activate_wide, wide
 
 Grads = tuple[Tensor | None, ...]
@@ -61,18 +62,26 @@ def gated_linear(
     """grad [T, I]; the pre-activations are computed again."""
     if weight.dim() != 2:
         return None
-    pre = x @ weight.t()
-    gate, up = torch.split(pre, out_features, dim=1)
-    d_pre = torch.empty_like(pre)
-    d_gate, d_up = torch.split(d_pre, out_features, dim=1)
+    return (*gated_gradients(grad, x @ weight.t(), wants, x, weight, activation), None, None)
+
+
+def gated_gradients(
+    grad: Tensor, sums: Tensor, wants: Wants, x: Tensor, weight: Tensor, activation: str
+) -> Grads:
+    """Of x and weight, from sums [T, 2 I]: those of the gate, then those of up."""
+    d_sums = backend_for(grad.device.type).gated_backward(grad, sums, activation)
+    if d_sums is None:
+        d_sums = _gated_rows(grad, sums, activation)
+    return d_sums @ weight if wants[0] else None, d_sums.t() @ x if wants[1] else None
+
+
+def _gated_rows(grad: Tensor, sums: Tensor, activation: str) -> Tensor:
+    gate, up = torch.split(sums, grad.shape[1], dim=1)
+    d_sums = torch.empty_like(sums)
+    d_gate, d_up = torch.split(d_sums, grad.shape[1], dim=1)
     torch.mul(grad, activate_wide(gate, activation), out=d_up)
     d_gate.copy_(d_activate(grad * up, gate, activation))
-    return (
-        d_pre @ weight if wants[0] else None,
-        d_pre.t() @ x if wants[1] else None,
-        None,
-        None,
-    )
+    return d_sums
 
 
 def activate(grad: Tensor, wants: Wants, x: Tensor, kind: str) -> Grads:
@@ -188,5 +197,6 @@ BACKWARDS: MappingProxyType[str, Backward] = MappingProxyType(
         "rms_norm": rms_norm,
         "rope": rope,
         "attention": attention,
+        "shared_attention": shared_attention,
     }
 )

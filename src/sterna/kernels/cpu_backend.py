@@ -51,6 +51,7 @@ BLOCK_TYPES = (2, 3, 6, 7, 8)
 # (FSDP gathers into the same storage), and an old weight is the worst of errors.
 _PLAIN_GATED = {"linear": False, "gated_linear": True, "logits": False}
 _PACK_ROWS = 32
+_SLOPES = ("silu", "gelu_tanh")  # activations whose gradient has a kernel
 _PARTIAL_BYTES = 256 << 20
 _SLACK_ELEMS = 64  # vector loads may read past the last head when head_dim is no multiple of 16
 _TRAIN_BLOCK = 16  # block size of the throw-away cache of `attention`
@@ -137,7 +138,7 @@ class CpuBackend:
         flat = _lazy_zeros(num_blocks * 2 * size + _SLACK_ELEMS, dtype)
         return flat[: num_blocks * 2 * size].view(num_blocks, 2, size)
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+    def pack_weight(self, weight: Tensor, gated: bool = False, out: Tensor | None = None) -> Tensor:
         """See KernelBackend."""
         if not _is_served(weight.dtype, weight.shape[1]):
             return weight
@@ -145,11 +146,11 @@ class CpuBackend:
         panels = -(-halves[0].shape[0] // _PANEL)
         pair = _pair(weight.dtype)
         shape = (panels * len(halves), weight.shape[1] // pair, _PANEL, pair)
-        packed = torch.empty(shape, dtype=weight.dtype)
-        for half, out in zip(halves, packed.chunk(len(halves)), strict=True):
+        packed = torch.empty(shape, dtype=weight.dtype) if out is None else out
+        for half, part in zip(halves, packed.chunk(len(halves)), strict=True):
             plain = half.contiguous()
             size = (*plain.shape, plain.element_size())
-            self.kernels.pack(plain.data_ptr(), out.data_ptr(), *size)
+            self.kernels.pack(plain.data_ptr(), part.data_ptr(), *size)
         return packed
 
     def dequantize(self, blocks: Tensor, block_type: int, dtype: torch.dtype) -> Tensor | None:
@@ -174,6 +175,30 @@ class CpuBackend:
         rows = out_features // len(parts) if out_features else 0
         plain = [part.permute(0, 2, 1, 3).reshape(-1, _columns(part)) for part in parts]
         return torch.cat([p[: rows or None, : in_features or None] for p in plain])
+
+    def gated_backward(self, grad: Tensor, sums: Tensor, activation: str) -> Tensor | None:
+        """See KernelBackend."""
+        if sums.dtype not in cpu_calls.DTYPES or activation not in _SLOPES:
+            return None
+        grad, sums = grad.contiguous(), sums.contiguous()
+        out = torch.empty_like(sums)
+        self.kernels.gated_grad(
+            grad.data_ptr(), sums.data_ptr(), out.data_ptr(), len(grad),
+            cpu_calls.DTYPES[sums.dtype], grad.shape[1], cpu_calls.ACTIVATIONS[activation],
+        )  # fmt: skip
+        return out
+
+    def gated_with_sums(
+        self, x: Tensor, weight: Tensor, activation: str, out_features: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """See KernelBackend."""
+        if weight.dim() != 2 or not _is_served(x.dtype, x.shape[1]):
+            return None
+        x = x.contiguous()
+        sums = torch.empty(len(x), 2 * out_features, dtype=x.dtype)
+        ready = self.pack_weight(weight, True) if len(x) >= _PACK_ROWS else weight.contiguous()
+        out = cpu_calls.gated_linear(self.eager, x, ready, activation, out_features, sums)
+        return out, sums
 
     def attention_backward(
         self,
@@ -220,6 +245,8 @@ def register() -> CpuBackend:
 def _kernel(backend: CpuBackend, name: str, reference: Callable[..., Tensor | None]) -> Any:
     if name == "attention":
         return _attention_kernel(backend, reference)
+    if name == "shared_attention":
+        return _shared_attention_kernel(backend, reference)
     call = _CALLS[name]
 
     def kernel(*args: Any) -> Tensor | None:
@@ -317,18 +344,56 @@ def _attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor | Non
         heads = (num_heads, num_kv_heads, head_dim)
         if not _is_served(qkv.dtype, head_dim):
             return reference(qkv, query_starts, *heads, scale, window, softcap)
-        tables, slots, num_blocks = _identity_paging(query_starts)
-        cache = backend.new_kv_cache(
-            num_blocks, _TRAIN_BLOCK, num_kv_heads, head_dim, qkv.dtype, qkv.device
-        )
-        qkv, starts = qkv.contiguous(), query_starts.contiguous()
-        stored = (slots, None, None, None, 0.0, False, *heads, cache, slots, _TRAIN_BLOCK)
-        q = cpu_calls.rope(backend.eager, qkv, *stored)
-        lens = (starts[1:] - starts[:-1]).contiguous()
-        paged = (tables, starts, lens, *heads, _TRAIN_BLOCK, scale, window, softcap)
-        return cpu_calls.paged_attention(backend.eager, q, cache, *paged)
+        cache = _KeyCache(backend, qkv.contiguous(), query_starts, heads)
+        return cache.attend(cache.queries, query_starts, (scale, window, softcap))
 
     return kernel
+
+
+def _shared_attention_kernel(backend: CpuBackend, reference: Callable[..., Tensor | None]) -> Any:
+    """As `_attention_kernel`: keys and values are stored once a sequence, a row asks once."""
+
+    def kernel(
+        qkv: Tensor,
+        query_starts: Tensor,
+        key_rows: Tensor,
+        key_starts: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor | None:
+        heads, keys = (num_heads, num_kv_heads, head_dim), (key_rows, key_starts)
+        if not _is_served(qkv.dtype, head_dim):
+            return reference(qkv, query_starts, *keys, *heads, scale, window, softcap)
+        qkv = qkv.contiguous()
+        cache = _KeyCache(backend, qkv.index_select(0, key_rows), key_starts, heads)
+        return cache.attend(qkv, query_starts, (scale, window, softcap))
+
+    return kernel
+
+
+class _KeyCache:
+    """The keys and values of sequences side by side in a paged cache, for one call."""
+
+    def __init__(
+        self, backend: CpuBackend, qkv: Tensor, starts: Tensor, heads: tuple[int, int, int]
+    ) -> None:
+        """qkv [K, (H + 2G) * C] contiguous, `starts` [S + 1] of its sequences."""
+        self._sink, self._heads = backend.eager, heads
+        self._tables, slots, num_blocks = _identity_paging(starts)
+        shape = (num_blocks, _TRAIN_BLOCK, *heads[1:])
+        self._cache = backend.new_kv_cache(*shape, qkv.dtype, qkv.device)
+        self._lens = starts.diff().contiguous()
+        where = (slots, None, None, None, 0.0, False, *heads, self._cache, slots, _TRAIN_BLOCK)
+        self.queries = cpu_calls.rope(self._sink, qkv, *where)
+
+    def attend(self, q: Tensor, query_starts: Tensor, options: tuple[float, int, float]) -> Tensor:
+        """q [T, H * C or wider], the last rows of each sequence -> [T, H * C]."""
+        paged = (self._tables, query_starts.contiguous(), self._lens, *self._heads, _TRAIN_BLOCK)
+        return cpu_calls.paged_attention(self._sink, q, self._cache, *paged, *options)
 
 
 def _identity_paging(query_starts: Tensor) -> tuple[Tensor, Tensor, int]:

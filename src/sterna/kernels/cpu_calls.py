@@ -98,9 +98,15 @@ def linear(
 
 
 def gated_linear(
-    sink: Sink, x: Tensor, weight: Tensor, activation: str, out_features: int
+    sink: Sink,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    out_features: int,
+    pre: Tensor | None = None,
 ) -> Tensor:
-    return _linear(sink, x, weight, out_features, gate=ACTIVATIONS[activation])
+    """`pre` [T, 2 I]: takes the two sums of every output, rounded."""
+    return _linear(sink, x, weight, out_features, gate=ACTIVATIONS[activation], pre=pre)
 
 
 def logits(
@@ -124,6 +130,7 @@ def _linear(
     out_dtype: torch.dtype | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    pre: Tensor | None = None,
 ) -> Tensor:
     rows, in_features = x.shape
     kind = sink.kind(x)
@@ -132,6 +139,7 @@ def _linear(
         sink.tape, *sink.counts(rows, 0), x.data_ptr(), weight.data_ptr(), address(bias),
         address(residual), out.data_ptr(), kind, DTYPES[x.dtype], int(weight.dim() == 4),
         in_features, out_features, gate, act, int(out_dtype is not None), softcap, scale,
+        address(pre),
     )  # fmt: skip
     return out
 

@@ -56,6 +56,7 @@ _attention: _Op = _sterna.attention.default
 _rope_store: _Op = _sterna.rope_store.default
 _rope_queries: _Op = _sterna.rope_queries.default
 _store_kv: Callable[..., None] = _sterna.store_kv.default
+_shared_attention: _Op = _sterna.shared_attention.default
 _paged_attention: _Op = _sterna.paged_attention.default
 _draft_cell: _Op = _sterna.draft_cell.default
 _pick: _Op = _sterna.pick.default
@@ -247,18 +248,8 @@ def rope(
     first rotary_dim dims of each query and key head. q_norm, k_norm [C]: RMS norm of each head
     before the rotation (Qwen3, Gemma 3), with `eps` and `unit_offset` as in `rms_norm`.
     """
-    return _rope(
-        qkv,
-        positions,
-        table,
-        q_norm,
-        k_norm,
-        eps,
-        unit_offset,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-    )
+    heads = (num_heads, num_kv_heads, head_dim)
+    return _rope(qkv, positions, table, q_norm, k_norm, eps, unit_offset, *heads)
 
 
 def attention(
@@ -277,6 +268,29 @@ def attention(
     i - w < j <= i. softcap c > 0: scores become c * tanh(score / c) before the softmax.
     """
     return _attention(qkv, query_starts, num_heads, num_kv_heads, head_dim, scale, window, softcap)
+
+
+def shared_attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    key_rows: Tensor,
+    key_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """qkv [T, (H + 2G) * C] after `rope`, key_rows [K] int32 -> [T, H * C].
+
+    As `attention`, but sequence s sees the rows key_rows[key_starts[s] : key_starts[s + 1]], of
+    which the last are its own: a prefix that many continue is computed once. A row has the bits
+    that `attention` gives it where every sequence has a prefix of its own.
+    """
+    heads = (num_heads, num_kv_heads, head_dim)
+    keys = (key_rows, key_starts)
+    return _shared_attention(qkv, query_starts, *keys, *heads, scale, window, softcap)
 
 
 def bidirectional_attention(
@@ -325,21 +339,9 @@ def rope_store(
 
     Inference only: it writes into the cache (block slot // block_size, row slot % block_size).
     """
-    return _rope_store(
-        qkv,
-        positions,
-        table,
-        q_norm,
-        k_norm,
-        eps,
-        unit_offset,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        cache,
-        slots,
-        block_size,
-    )
+    rope_args = (positions, table, q_norm, k_norm, eps, unit_offset)
+    heads = (num_heads, num_kv_heads, head_dim)
+    return _rope_store(qkv, *rope_args, *heads, cache, slots, block_size)
 
 
 def rope_queries(
@@ -475,9 +477,10 @@ def new_kv_cache(
     return backend.new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
 
 
-def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
+def pack_weight(weight: Tensor, gated: bool = False, out: Tensor | None = None) -> Tensor:
     """weight [N, K] -> the 4-D layout of the back end in use, or `weight` itself (reference).
 
-    `gated`: the rows are [gate; up] for `gated_linear`.
+    `gated`: the rows are [gate; up] for `gated_linear`. `out`: what an earlier call returned for a
+    weight of this shape; it is filled and returned.
     """
-    return backend_for(weight.device.type).pack_weight(weight, gated)
+    return backend_for(weight.device.type).pack_weight(weight, gated, out)

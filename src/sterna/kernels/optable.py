@@ -120,6 +120,12 @@ OPS: tuple[OpSpec, ...] = (
         reference.attention,
     ),
     OpSpec(
+        "shared_attention",
+        "Tensor qkv, Tensor query_starts, Tensor key_rows, Tensor key_starts, "
+        f"{_HEADS}, float scale, int window=0, float softcap=0.0",
+        reference.shared_attention,
+    ),
+    OpSpec(
         "bidirectional_attention",
         f"Tensor qkv, Tensor query_starts, {_HEADS}, float scale, int window=0",
         reference.bidirectional_attention,

@@ -153,6 +153,33 @@ def attention(
     return torch.cat(outputs).reshape(qkv.shape[0], num_heads * head_dim).to(qkv.dtype)
 
 
+def shared_attention(
+    qkv: Tensor,
+    query_starts: Tensor,
+    key_rows: Tensor,
+    key_starts: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Each sequence with the prefix it shares, whole; then its own rows alone."""
+    heads = (num_heads, num_kv_heads, head_dim)
+    whole = attention(qkv.index_select(0, key_rows), key_starts, *heads, scale, window, softcap)
+    return whole.index_select(0, own_keys(query_starts, key_starts))
+
+
+def own_keys(query_starts: Tensor, key_starts: Tensor) -> Tensor:
+    """[T] int64: where each row stands among the keys of shared_attention: behind its prefix."""
+    lens = query_starts.diff().long()
+    behind = key_starts[1:].long() - query_starts[1:].long()
+    return torch.arange(int(query_starts[-1]), device=lens.device) + torch.repeat_interleave(
+        behind, lens
+    )
+
+
 def bidirectional_attention(
     qkv: Tensor,
     query_starts: Tensor,

@@ -28,6 +28,18 @@ class KVView:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """Which rows of a training batch its sequences see, where several share a prefix.
+
+    Sequence s sees the rows `rows[starts[s] : starts[s + 1]]`, in this order: those of its prefix,
+    which another sequence owns and computes, then its own.
+    """
+
+    rows: Tensor  # [K] int32
+    starts: Tensor  # [S + 1] int32
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """T tokens of S sequences, packed without padding."""
 
@@ -40,6 +52,7 @@ class Batch:
     # [S + 1] int32   where each sequence's output rows begin in [0, R]. In serving only (None in
     # training): there the output rows of a sequence are the last rows of its chunk, or none.
     output_starts: Tensor | None = None
+    shared: SharedKeys | None = None  # in training only; None = each sequence sees itself
 
     @property
     def row_starts(self) -> Tensor:

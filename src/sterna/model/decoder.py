@@ -146,6 +146,12 @@ class Decoder(nn.Module):
         """The bias of the logits; no family of the table has one."""
         return None
 
+    @property
+    def reads_shared_keys(self) -> bool:
+        """Whether a training batch may have `shared` prefixes: not on another way, nor spread."""
+        plans = (m.plan for m in self.modules() if isinstance(m, Attention))
+        return self.walk is None and all(plan is None for plan in plans)
+
     def set_parallel(self, plan: ParallelPlan | None) -> None:
         """Training batches are slices of rows from now on, spread as `plan` says."""
         for module in self.modules():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sterna.kernels import ops
+from sterna.kernels import gated, ops
 from sterna.model.batch import Batch
 from sterna.model.config import ModelConfig
 from sterna.parallel.ulysses import ParallelPlan
@@ -57,6 +57,8 @@ class Linear(nn.Module):
 class GatedLinear(nn.Module):
     """act(x @ gate.T) * (x @ up.T), the two weights stacked."""
 
+    keeps_sums = False  # training: keep 2 I numbers a token for the backward, not compute them anew
+
     def __init__(
         self,
         in_features: int,
@@ -72,6 +74,8 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, I]."""
+        if self.keeps_sums and torch.is_grad_enabled() and self.weight.requires_grad:
+            return gated.gated_linear(x, self.weight, self.activation, self.out_features)
         return ops.gated_linear(x, self.weight, self.activation, self.out_features)
 
     def prepare_inference(self) -> None:
@@ -159,7 +163,7 @@ class Attention(nn.Module):
         `table`: rope table of this layer, None = no rotation.
         """
         if batch.kv is None:
-            return self.attend(self.project(x, batch.positions, table), batch.query_starts)
+            return self.attend_batch(self.project(x, batch.positions, table), batch)
         qkv, rope = self.qkv(x), self._rope_args(batch.positions, table)
         kv = batch.kv
         cache = kv.layers[self.layer_idx]
@@ -187,6 +191,13 @@ class Attention(nn.Module):
         q_norm = self.q_norm.weight if self.q_norm is not None else None
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         return positions, table, q_norm, k_norm, self.eps, self.has_unit_offset
+
+    def attend_batch(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """Training: rotated qkv of a whole batch, whose sequences may share prefixes."""
+        if batch.shared is None:
+            return self.attend(qkv, batch.query_starts)
+        keys = (batch.query_starts, batch.shared.rows, batch.shared.starts)
+        return ops.shared_attention(qkv, *keys, *self.heads, self.scale, self.window, self.softcap)
 
     def attend(self, qkv: Tensor, query_starts: Tensor) -> Tensor:
         """Training: rotated qkv [T, (H + 2G) * C] -> [T, H * C]; T may be a rank's slice."""

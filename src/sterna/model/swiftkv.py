@@ -65,7 +65,7 @@ class SwiftAttention(Attention):
         qkv = torch.cat([self.q_swiftkv(x), kv], dim=-1)
         options = (table, self._q_norm, k_norm, self.eps, self.has_unit_offset)
         rotated = ops.rope(qkv, batch.positions, *options, *self.heads)
-        return self.attend(rotated, batch.query_starts)
+        return self.attend_batch(rotated, batch)
 
     def attend_paged(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor | None) -> Tensor:
         """Serving: normed x [R, D] of the output rows -> [R, H * C], over a stored cache."""

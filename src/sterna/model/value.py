@@ -25,7 +25,7 @@ from sterna.core.errors import ModelFileError, UnsupportedModelError
 from sterna.kernels import ops
 from sterna.kernels.load import load_kernels
 from sterna.model.batch import Batch
-from sterna.model.config import as_token_ids, parse_config
+from sterna.model.config import ModelConfig, as_token_ids, parse_config
 from sterna.model.decoder import Decoder
 from sterna.model.families import FAMILIES
 from sterna.model.hf import HFDecoder, load_hf
@@ -60,6 +60,11 @@ class ValueModel(nn.Module):
     def values(self, batch: Batch) -> Tensor:
         """float32: one number a token [T], or for each of batch.output_rows [R]."""
         return ops.logits(self.trunk.hidden(batch).float(), self.score, 1)[:, 0]
+
+    @property
+    def reads_shared_keys(self) -> bool:
+        """The trunk's."""
+        return isinstance(self.trunk, Decoder) and self.trunk.reads_shared_keys
 
     def head_weight(self) -> Tensor:
         """[1, D]: what the hidden states are multiplied with."""
@@ -177,8 +182,8 @@ def _check_labels(path: Path) -> None:
         )
 
 
-def _native_trunk(path: Path, dtype: DTypeName, device: torch.device) -> Decoder:
-    load_kernels()
+def value_config(path: Path) -> ModelConfig:
+    """The sizes of a value model's trunk, whose head is gone. Errors as `load_value_model`."""
     values = _read_config(path)
     classifier = str(values["architectures"][0])
     causal = {_classifier(family.architecture): family.architecture for family in FAMILIES}
@@ -187,9 +192,13 @@ def _native_trunk(path: Path, dtype: DTypeName, device: torch.device) -> Decoder
             f"{path}: {classifier} is of no native family ({', '.join(causal)}); use backend = hf"
         )
     config = parse_config({**values, "architectures": [causal[classifier]]}, str(path))
-    decoder = Decoder(
-        replace(config, tie_word_embeddings=True), DTYPES[dtype], "meta", rope_device=device
-    )
+    return replace(config, tie_word_embeddings=True)
+
+
+def _native_trunk(path: Path, dtype: DTypeName, device: torch.device) -> Decoder:
+    load_kernels()
+    config = value_config(path)
+    decoder = Decoder(config, DTYPES[dtype], "meta", rope_device=device)
     assign(decoder, SafetensorsSource(path), config.family.hf_names, device)
     return decoder
 

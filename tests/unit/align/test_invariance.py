@@ -161,8 +161,8 @@ def rank(index, folder, name, port, queue):
     learner, experience = problem(folder, {**SETTINGS[name], "micro_tokens": 1})
     whole = learner._policy_step
 
-    def half(parts, kl_coef, lr):
-        return whole(parts[index::2], kl_coef, lr)
+    def half(parts, micros, kl_coef, lr):
+        return whole(parts[index::2], micros, kl_coef, lr)
 
     learner._policy_step = half
     figures, grads, _ = learnt(learner, experience)

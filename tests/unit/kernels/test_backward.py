@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sterna.kernels import attention_backward
+from sterna.kernels import attention_backward, gated, ops
 from sterna.kernels.autograd import recompute
 from sterna.kernels.backward import BACKWARDS
+from sterna.kernels.load import load_kernels
 from sterna.kernels.optable import OPS, define
 
 define()
@@ -43,6 +44,18 @@ def table(num_rows: int = 64, rotary_dim: int = C) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
+def keys(*rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """(key_rows, key_starts) of sequences that see these ranges of rows."""
+    parts = [torch.tensor([i for part in of for i in part]) for of in rows]
+    lens = torch.tensor([0, *map(len, parts)])
+    return torch.cat(parts).int(), lens.cumsum(0).int()
+
+
+_PREFIX = range(5)
+TREE = keys(
+    (_PREFIX,), (_PREFIX, range(5, 8)), (_PREFIX, range(8, 9)), (_PREFIX, range(9, 15)),
+    (_PREFIX, range(9, 15), range(15, 18)), (range(18, 23),),
+)  # fmt: skip
 CASES = {
     "linear": [
         lambda r: (r(7, 6), r(5, 6), r(5), r(7, 5), 5),
@@ -72,6 +85,14 @@ CASES = {
     "attention": [
         lambda r, window=window, cap=cap: (
             r(27, WIDTH), starts(0, 1, 5, 27), H, G, C, 0.3, window, cap,
+        )
+        for window in (0, 1, 6)
+        for cap in (0.0, 3.0)
+    ],
+    # A prefix of 5 with three continuations, one of which another continues; one alone.
+    "shared_attention": [
+        lambda r, window=window, cap=cap: (
+            r(23, WIDTH), starts(0, 5, 8, 9, 15, 18, 23), *TREE, H, G, C, 0.3, window, cap,
         )
         for window in (0, 1, 6)
         for cap in (0.0, 3.0)
@@ -125,3 +146,22 @@ def test_gradients_that_nobody_wants_are_not_computed():
         r(7, 5), (True, False, False, False, False), r(7, 6), r(5, 6), None, None, 5
     )
     assert grads[1] is None and grads[0].shape == (7, 6)
+
+
+# Widths that are whole vectors and not; rows below and above those that are packed.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize(("rows", "width"), [(3, 24), (40, 70)])
+def test_kept_sums_change_no_bit_and_no_gradient(dtype, activation, rows, width):
+    load_kernels()
+    r, found = Draw(dtype), []
+    x, weight, grad = r(rows, 32), r(2 * width, 32), r(rows, width)
+    for op in (gated.gated_linear, ops.gated_linear):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = op(*leaves, activation, width)
+        out.backward(grad)
+        found.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        error = (ours.double() - theirs.double()).abs().max()
+        assert error <= TOLERANCE[dtype] * theirs.double().abs().max()

@@ -211,6 +211,8 @@ def quantised(leaf, rows: int):
     return tiles, leaf(blocks, 2, 16), table, None, 4, 32, 40
 
 
+# A prefix of two rows, and two sequences of one and two rows behind it.
+SHARED_KEYS = (i32(0, 1, 0, 1, 2, 0, 1, 3, 4), i32(0, 2, 5, 9))
 DIFFERENTIABLE = {
     "embed": lambda g: ops.embed(i32(1, 1, 4), g(6, 5), 5, 2.0),
     "rms_norm": lambda g: ops.rms_norm(g(3, 8), g(8), 1e-6, True),
@@ -229,6 +231,9 @@ DIFFERENTIABLE = {
         g(3, WIDTH), i32(0, 1, 2), rope_table(), g(HEAD_DIM), g(HEAD_DIM), 1e-6, False, *SHAPE
     ),
     "attention": lambda g: ops.attention(g(5, WIDTH), i32(0, 2, 5), *SHAPE, 0.3, 2, 3.0),
+    "shared_attention": lambda g: ops.shared_attention(
+        g(5, WIDTH), i32(0, 2, 3, 5), *SHARED_KEYS, *SHAPE, 0.3, 2, 3.0
+    ),
     "embed_norm": lambda g: ops.embed_norm(
         i32(1, 1, 4), g(6, 8), i32(0, 1, 2), g(3, 8), g(8), g(8), 1e-6
     ),

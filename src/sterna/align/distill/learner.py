@@ -15,7 +15,8 @@ import torch
 
 from sterna.align.config import DistillSection
 from sterna.align.learner import Learner, Part
-from sterna.align.score import completion_rows, rollout_batch
+from sterna.align.memory.away import Frozen
+from sterna.align.score import scored_batch
 from sterna.train.longseq.divergence import Logits, chunked_jsd
 from sterna.train.step import TrainModel
 
@@ -23,19 +24,23 @@ from sterna.train.step import TrainModel
 class DistillLearner(Learner):
     """A Learner whose loss is the divergence from a teacher."""
 
-    def __init__(self, teacher: TrainModel, distill: DistillSection, *of_learner: Any) -> None:
+    def __init__(self, teacher: Frozen, distill: DistillSection, *of_learner: Any) -> None:
         super().__init__(*of_learner)
-        self._teacher = teacher
+        self._frozen = teacher
+        self._teacher: TrainModel = teacher.model  # type: ignore[assignment]
         self._distill = distill
 
+    def learn(self, *of_learn: Any, **named: Any) -> dict[str, float]:
+        """See Learner; the teacher is asked in every micro-batch."""
+        with self._frozen.here():
+            return super().learn(*of_learn, **named)
+
     def _policy_micro(self, part: Part, kl_coef: float, logs: dict[str, float]) -> None:
-        batch = rollout_batch(part.rollouts, self._device)
-        rows = completion_rows(part.rollouts).to(self._device)
+        own: TrainModel = self.policy.model
         with torch.no_grad():
-            taught = _logits(self._teacher, self._teacher.hidden(batch).index_select(0, rows))
-        model: TrainModel = self.policy.model
+            taught = self._logits(self._teacher, part)
         found = chunked_jsd(
-            _logits(model, model.hidden(batch).index_select(0, rows)),
+            self._logits(own, part),
             taught,
             part.weights.to(self._device),
             self._distill.beta,
@@ -46,7 +51,8 @@ class DistillLearner(Learner):
         logs["reverse_kl"] += found.reverse_kl
         logs["entropy"] += found.entropy
 
-
-def _logits(model: TrainModel, hidden: Any) -> Logits:
-    softcap = float(getattr(model.config, "logits_softcap", 0.0))
-    return Logits(hidden, model.head_weight(), model.head_bias(), softcap)
+    def _logits(self, model: TrainModel, part: Part) -> Logits:
+        scored = scored_batch(model, part.rollouts, self._device)
+        hidden = model.hidden(scored.batch).index_select(0, scored.rows)
+        softcap = float(getattr(model.config, "logits_softcap", 0.0))
+        return Logits(hidden, model.head_weight(), model.head_bias(), softcap)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sterna.align.config import RlRecipe
+from sterna.align.memory.config import MemorySection
 from sterna.align.offline.config import OfflineRecipe
 from sterna.align.pipeline.inherit import FOLDERS, inherited, model_of_step
 from sterna.data.config import DataConfig
@@ -56,6 +57,9 @@ class AlignRecipe(Section):
     )
     run: PipelineRunSection = PipelineRunSection()
     compare: CompareSection = CompareSection()
+    memory: MemorySection = Field(
+        default=MemorySection(), description="of all steps; frozen models are step 3's"
+    )
     sft: Recipe | None = Field(default=None, description="step 1: keys of `sterna train`")
     reward: OfflineRecipe | None = Field(
         default=None, description="step 2: keys of `sterna train`, kind = reward"

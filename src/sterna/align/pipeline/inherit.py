@@ -20,7 +20,7 @@ from sterna.train.config import ModelSection
 FOLDERS = {"sft": "1-sft", "reward": "2-reward", "rl": "3-rl"}
 Values = dict[str, Any]
 _DEFAULT_OUTPUT = "runs/align"
-_TABLES = ("run", "model", "data", "prompts", "algorithm", "critic", "ptx")
+_TABLES = ("run", "model", "data", "prompts", "algorithm", "critic", "ptx", "memory")
 _ORIGINS = ("path", "config", "tokenizer")
 # Of [data], for prompts; the order and the cuts follow from the same seed.
 _PROMPTS = ("sources", "seed", "held_out", "split", "template_kwargs", "on_bad_row")
@@ -125,7 +125,9 @@ def _with_part(name: str, data: Values, part: int) -> Values:
 
 
 def _complete_rl(values: Values, table: Values, part: int, tables: list[str]) -> None:
-    """Prompts, rewards and critic of step 3."""
+    """Memory, prompts, rewards and critic of step 3."""
+    if isinstance(values.get("memory", {}), dict):
+        table["memory"] = {**values.get("memory", {}), **table.get("memory", {})}
     data, prompts = values.get("data"), table.get("prompts", {})
     if data is not None and not any(prompts.get(key) for key in ("path", "sources", "task")):
         common = {key: data[key] for key in _PROMPTS if key in data}

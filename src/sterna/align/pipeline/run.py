@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from sterna.align.config import RlRecipe
+from sterna.align.memory.steps import check_steps
 from sterna.align.offline.config import OfflineRecipe
 from sterna.align.offline.task import choose_task
 from sterna.align.pipeline.compare import Comparison, compare_models
@@ -60,11 +61,12 @@ def align_pipeline(
     sample prompts of the reports. SIGINT and SIGTERM end the run after the current training step,
     with a checkpoint.
 
-    Raises what the steps raise, and ConfigError for a step that was made by another recipe, one
-    without the models it begins with, or a folder that another process works in.
+    Raises what the steps raise, and ConfigError for a step over its memory budget, made by another
+    recipe, without the models it begins with, or a folder that another process works in.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a pipeline runs in one process; start it without torchrun")
+    check_steps(recipe)
     output = recipe.run.output
     output.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(output)

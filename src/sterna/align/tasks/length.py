@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sterna.align.reward import Sample
-from sterna.align.tasks.base import Part, PromptRow
+from sterna.align.tasks.base import Messages, Part, PromptRow
 from sterna.data.order import mix
 
 TOPICS = (
@@ -33,8 +33,12 @@ class Length:
         kept = [t for i, t in enumerate(TOPICS) if (i % 4 == 3) == (part == "eval")]
         topic = kept[mix(seed, index, 1) % len(kept)]
         count = self._least + mix(seed, index, 2) % (self._most - self._least + 1)
-        text = f"Write about {topic} in exactly {count} words. Answer with these words only."
-        return PromptRow([{"role": "user", "content": text}], {"num_words": count})
+        return PromptRow(self.question(topic, count), {"num_words": count})
+
+    def question(self, topic: str, count: int) -> Messages:
+        """What is asked, for `count` words."""
+        text = f"Answer in {count} words: what do you think of {topic}?"
+        return [{"role": "user", "content": text}]
 
     def reward(self, samples: Sequence[Sample]) -> list[float]:
         """See the module."""

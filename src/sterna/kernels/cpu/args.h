@@ -76,6 +76,22 @@ struct LinearArgs {
   int32_t act;      // Act of the sum with its bias
   int32_t out_f32;  // logits
   float softcap, scale;
+  void* pre;  // [rows, 2N] or null: gated, the two sums themselves, which a gradient needs
+};
+
+// The gradient of act(gate) * up: [gate | up] and the upstream one to [d gate | d up].
+struct GatedGradArgs {
+  const void *grad, *pre;  // [rows, N], [rows, 2N]
+  void* d_pre;             // [rows, 2N]
+  int32_t dtype, width;    // N
+  int32_t gate;            // ACT_SILU or ACT_GELU_TANH
+};
+
+// elem_bytes 4: [N, K] -> [N / 32, K, 32]; 2: [N, K] -> [N / 32, K / 2, 32, 2]. One panel a unit.
+struct PackArgs {
+  const void* weight;
+  void* out;
+  int32_t rows, cols, elem_bytes;
 };
 
 // Low-rank adapters on one weight. A part is a run of its outputs that has A and B of its own; its
@@ -188,7 +204,9 @@ struct DrawArgs {
   const int32_t* top_k;                      // [R]  0 = off
   const double* uniform;                     // [R]  in [0, 1)
   int32_t* ids;                              // [R]  the token; -1 for a row that is not finite
-  int32_t vocab;  // at most MAX_DRAW_VOCAB
+  double* logprobs;  // [R] or null: of the token, as ScoreArgs; not written where greedy or -1
+  int32_t* ranks;    // [R] or null: 1 + the logits that are larger than the token's
+  int32_t vocab;     // at most MAX_DRAW_VOCAB
 };
 
 // Log-probabilities under the distribution that DrawArgs draws from.
@@ -202,6 +220,18 @@ struct ScoreArgs {
   int32_t vocab;  // at most MAX_DRAW_VOCAB
 };
 constexpr int32_t MAX_DRAW_VOCAB = SCRATCH_BYTES / 16;
+
+// The gradient of ScoreArgs' values by the logits, p = 0 beyond the survivors:
+//   d x_j = (g (1[j = chosen] - p_j) - k p_j (log p_j + entropy)) / t
+struct ScoreGradArgs {
+  const float* logits;                       // [R, vocab]
+  const int32_t* chosen;                     // [R]
+  const float *temperature, *top_p, *min_p;  // [R]
+  const int32_t* top_k;                      // [R]
+  const float *d_logprobs, *d_entropies;     // [R]  g and k
+  void* out;                                 // [R, vocab] of `dtype`
+  int32_t vocab, dtype;
+};
 
 // A weight in tiles (quant/formats.py): 16 output rows x 64 k each, [R, K64, 128 * bits] bytes.
 enum ScaleKind : int32_t { SCALE_F32 = 0, SCALE_F16 = 1, SCALE_E8M0 = 2 };
@@ -317,6 +347,9 @@ struct KernelTable {
   Kernel<PickArgs> pick;
   Kernel<LoraDownArgs> lora_down;
   Kernel<LoraUpArgs> lora_up;
+  Kernel<ScoreGradArgs> score_grad;
+  Kernel<GatedGradArgs> gated_grad;
+  Kernel<PackArgs> pack;
 };
 
 // Packed weights: panels of PANEL output features, [N / PANEL][K / P][PANEL][P], zero padded.

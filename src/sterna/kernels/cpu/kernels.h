@@ -26,6 +26,9 @@ Kernel<DraftCellArgs> draft_cell_kernel();
 Kernel<PickArgs> pick_kernel();
 Kernel<LoraDownArgs> lora_down_kernel();
 Kernel<LoraUpArgs> lora_up_kernel();
+Kernel<ScoreGradArgs> score_grad_kernel();
+Kernel<GatedGradArgs> gated_grad_kernel();
+Kernel<PackArgs> pack_kernel();
 
 }  // namespace STERNA_ISA
 }  // namespace sterna

@@ -59,22 +59,18 @@ inline void transpose16(const uint32_t* const (&src)[16], int64_t at, uint32_t* 
 }
 #endif
 
-// Copies 32 plain weight rows into a packed panel; rows past the end become zero. A step of the dot
-// (two bfloat16 or one float) is a 32-bit word, so this is a transpose of words. Weights in training
-// are read this way, so a decode step costs it for every weight: 90 ms element by element, a few
-// by registers.
-template <class T>
-const T* pack_panel(const Job<T>& job, int first_row, int end_row, T* dst) {
-  static const T zeros[64] = {};
-  const int64_t K = job.a.in_features, words = job.steps();
-  const T* weight = static_cast<const T*>(job.a.weight);
-  uint32_t* out = reinterpret_cast<uint32_t*>(dst);
+// Copies 32 plain weight rows of `words` into a packed panel; rows past the end become zero. A step
+// of the dot (two bfloat16 or one float) is a 32-bit word, so this is a transpose of words. Weights
+// in training are read this way, so a decode step costs it for every weight: 90 ms element by
+// element, a few by registers.
+void pack_words(const uint32_t* weight, int64_t words, int first_row, int end_row, uint32_t* out) {
+  static const uint32_t zeros[16] = {};
   for (int half = 0; half < PANEL; half += 16) {
     const uint32_t* src[16];
-    bool whole = first_row + half + 16 <= end_row;
+    [[maybe_unused]] bool whole = first_row + half + 16 <= end_row;
     for (int r = 0; r < 16; ++r) {
       bool real = first_row + half + r < end_row;
-      src[r] = reinterpret_cast<const uint32_t*>(real ? weight + (first_row + half + r) * K : zeros);
+      src[r] = real ? weight + (first_row + half + r) * words : zeros;
     }
     int64_t k = 0;
 #if defined(__AVX512F__)
@@ -89,7 +85,6 @@ const T* pack_panel(const Job<T>& job, int first_row, int end_row, T* dst) {
       }
     }
   }
-  return dst;
 }
 
 // Panel `index` of the first (gate or only) or second (up) half of the weight. A gated weight has
@@ -102,7 +97,19 @@ const T* panel(const Job<T>& job, int index, bool second, int slot) {
   }
   int base = second ? job.a.out_features : 0;
   T* dst = reinterpret_cast<T*>(job.w.scratch) + slot * job.panel_elems();
-  return pack_panel(job, base + index * PANEL, base + job.a.out_features, dst);
+  pack_words(static_cast<const uint32_t*>(job.a.weight), job.steps(), base + index * PANEL,
+             base + job.a.out_features, reinterpret_cast<uint32_t*>(dst));
+  return dst;
+}
+
+// The sums of a gated output before they become one.
+template <class T>
+void store_pre(const LinearArgs& a, int row, int col, vf gate, vf up) {
+  int cols = a.out_features - col;
+  if (cols <= 0) return;
+  T* at = static_cast<T*>(a.pre) + int64_t(row) * 2 * a.out_features + col;
+  store_cols(at, gate, cols);
+  store_cols(at + a.out_features, up, cols);
 }
 
 // MR rows x NP panels, all column groups. For a gated call b[0] is the gate and b[1] is up.
@@ -119,6 +126,8 @@ void tile(const Job<T>& job, int row, int col0, const T* const (&b)[NP], const c
     repeat<MR>([&](auto i) INLINE {
       if (NP == 2 && job.a.gate) {
         repeat<NV>([&](auto j) INLINE {
+          if (job.a.pre)
+            store_pre<T>(job.a, row + i, col0 + g + j * VW, acc[i][j], acc[i][(NP - 1) * NV + j]);
           finish<T>(job.a, row + i, col0 + g + j * VW,
                     gated<T>(job.a.gate, acc[i][j], acc[i][(NP - 1) * NV + j]));
         });
@@ -201,6 +210,15 @@ Kernel<LinearArgs> linear_kernel() {
           [](const LinearArgs& a, const Step& step, const Worker& w, int unit) {
             Cut cut(a, step);
             a.dtype ? run_unit<bf16>(a, cut, w, unit) : run_unit<float>(a, cut, w, unit);
+          }};
+}
+
+Kernel<PackArgs> pack_kernel() {
+  return {[](const PackArgs& a, const Step&) { return (a.rows + PANEL - 1) / PANEL; },
+          [](const PackArgs& a, const Step&, const Worker&, int unit) {
+            int64_t words = int64_t(a.cols) * a.elem_bytes / 4;
+            pack_words(static_cast<const uint32_t*>(a.weight), words, unit * PANEL, a.rows,
+                       static_cast<uint32_t*>(a.out) + int64_t(unit) * PANEL * words);
           }};
 }
 

@@ -104,13 +104,23 @@ void bind_matrix_ops(nb::class_<Kernels>& k) {
   k.def("linear", [](Kernels& self, Tape* tape, int t, int r, int s, Addr x, Addr weight,
                      Addr bias, Addr residual, Addr out, int kind, int dtype, int packed, int in,
                      int out_features, int gate, int act, int out_f32, float softcap,
-                     float scale) {
+                     float scale, Addr pre) {
     self.submit(tape, LinearArgs{ptr<void>(x), ptr<void>(weight), ptr<void>(bias),
                                  ptr<void>(residual), ptr<void>(out), kind, dtype, packed, in,
-                                 out_features, gate, act, out_f32, softcap, scale}, t, r, s);
+                                 out_features, gate, act, out_f32, softcap, scale,
+                                 ptr<void>(pre)}, t, r, s);
   }, "tape"_a.none(), ROWS, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "rows_kind"_a,
      "dtype"_a, "packed"_a, "in_features"_a, "out_features"_a, "gate"_a, "act"_a, "out_f32"_a,
-     "softcap"_a, "scale"_a);
+     "softcap"_a, "scale"_a, "pre"_a);
+  k.def("gated_grad", [](Kernels& self, Addr grad, Addr pre, Addr d_pre, int rows, int dtype,
+                         int width, int gate) {
+    GatedGradArgs args{ptr<void>(grad), ptr<void>(pre), ptr<void>(d_pre), dtype, width, gate};
+    self.submit(nullptr, args, 0, rows, 0);
+  }, "grad"_a, "pre"_a, "d_pre"_a, "rows"_a, "dtype"_a, "width"_a, "gate"_a);
+  k.def("pack", [](Kernels& self, Addr weight, Addr out, int rows, int cols, int elem_bytes) {
+    self.submit(nullptr, PackArgs{ptr<void>(weight), ptr<void>(out), rows, cols, elem_bytes}, 0, 0,
+                0);
+  }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
 }
 
 std::vector<LoraPart> lora_parts(const std::vector<Addr>& a, const std::vector<Addr>& b,
@@ -327,13 +337,15 @@ NB_MODULE(_cpu, m) {
   m.def("int8_unit", [](Addr table, int count) { return int8_unit(ptr<float>(table), count); },
         "table"_a, "count"_a);
   k.def("draw", [](Kernels& self, Addr logits, Addr row_ids, Addr temperature, Addr top_k,
-                   Addr top_p, Addr min_p, Addr uniform, Addr ids, int count, int vocab) {
+                   Addr top_p, Addr min_p, Addr uniform, Addr ids, Addr logprobs, Addr ranks,
+                   int count, int vocab) {
     DrawArgs args{ptr<float>(logits), ptr<int32_t>(row_ids), ptr<float>(temperature),
                   ptr<float>(top_p), ptr<float>(min_p), ptr<int32_t>(top_k),
-                  ptr<double>(uniform), ptr<int32_t>(ids), vocab};
+                  ptr<double>(uniform), ptr<int32_t>(ids), ptr<double>(logprobs),
+                  ptr<int32_t>(ranks), vocab};
     self.submit(nullptr, args, 0, count, 0);
   }, "logits"_a, "row_ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
-     "ids"_a, "count"_a, "vocab"_a);
+     "ids"_a, "logprobs"_a, "ranks"_a, "count"_a, "vocab"_a);
   k.def("score", [](Kernels& self, Addr logits, Addr row_ids, Addr chosen, Addr temperature,
                     Addr top_k, Addr top_p, Addr min_p, Addr logprobs, Addr entropies, Addr log_sums,
                     Addr probs, int count, int vocab) {
@@ -344,16 +356,22 @@ NB_MODULE(_cpu, m) {
     self.submit(nullptr, args, 0, count, 0);
   }, "logits"_a, "row_ids"_a, "chosen"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
      "logprobs"_a, "entropies"_a, "log_sums"_a, "probs"_a, "count"_a, "vocab"_a);
+  k.def("score_grad", [](Kernels& self, Addr logits, Addr chosen, Addr temperature, Addr top_k,
+                         Addr top_p, Addr min_p, Addr d_logprobs, Addr d_entropies, Addr out,
+                         int count, int vocab, int dtype) {
+    ScoreGradArgs args{ptr<float>(logits), ptr<int32_t>(chosen), ptr<float>(temperature),
+                       ptr<float>(top_p), ptr<float>(min_p), ptr<int32_t>(top_k),
+                       ptr<float>(d_logprobs), ptr<float>(d_entropies), ptr<void>(out), vocab,
+                       dtype};
+    self.submit(nullptr, args, 0, count, 0);
+  }, "logits"_a, "chosen"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "d_logprobs"_a,
+     "d_entropies"_a, "out"_a, "count"_a, "vocab"_a, "dtype"_a);
   k.def("dequantize", [](Kernels& self, Addr blocks, Addr out, int64_t num_blocks, int type,
                          int is_bf16) {
     DequantArgs args{ptr<uint8_t>(blocks), ptr<void>(out), num_blocks, BlockType(type), is_bf16};
     self.each(int((num_blocks + DEQUANT_UNIT - 1) / DEQUANT_UNIT),
               [&](int unit) { dequantize_unit(args, unit); });
   }, "blocks"_a, "out"_a, "num_blocks"_a, "type"_a, "is_bf16"_a);
-  k.def("pack", [](Kernels& self, Addr weight, Addr out, int rows, int cols, int elem_bytes) {
-    PackArgs args{ptr<void>(weight), ptr<void>(out), rows, cols, elem_bytes};
-    self.each((rows + PANEL - 1) / PANEL, [&](int panel) { pack_panel_unit(args, panel); });
-  }, "weight"_a, "out"_a, "rows"_a, "cols"_a, "elem_bytes"_a);
   bind_suffix_tree(m);
   bind_row_ops(k);
   bind_matrix_ops(k);

@@ -93,6 +93,50 @@ void activate_t(const ActivateArgs& a, Range r) {
   }
 }
 
+// act(x) and its slope.
+struct Slope {
+  vf value, slope;
+};
+
+Slope slope_of(int kind, vf x) {
+  const vf one = splat(1.f), half = splat(0.5f);
+  if (kind == ACT_SILU) {
+    vf s = vsigmoid(x);
+    return {x * s, s * (one + x * (one - s))};
+  }
+  const vf root = splat(0.7978845608028654f), cube = splat(0.044715f);
+  vf t = vtanh(root * (x + cube * x * x * x));
+  vf inner = root * (one + splat(3.f) * cube * x * x);
+  return {half * x * (one + t), half * (one + t) + half * x * (one - t * t) * inner};
+}
+
+template <class T>
+void gated_grad_row(const GatedGradArgs& a, const T* grad, const T* pre, T* out) {
+  int k = 0;
+  for (; k + VW <= a.width; k += VW) {
+    vf g = load(grad + k), up = load(pre + a.width + k);
+    Slope s = slope_of(a.gate, load(pre + k));
+    store(out + k, g * up * s.slope);
+    store(out + a.width + k, g * s.value);
+  }
+  for (; k < a.width; ++k) {
+    float value[VW], slope[VW], g = to_float(grad[k]);
+    Slope s = slope_of(a.gate, splat(to_float(pre[k])));
+    store(value, s.value);
+    store(slope, s.slope);
+    store_one(out + k, g * to_float(pre[a.width + k]) * slope[0]);
+    store_one(out + a.width + k, g * value[0]);
+  }
+}
+
+template <class T>
+void gated_grad_t(const GatedGradArgs& a, Range r) {
+  for (int64_t i = r.begin; i < r.end; ++i)
+    gated_grad_row(a, static_cast<const T*>(a.grad) + i * a.width,
+                   static_cast<const T*>(a.pre) + 2 * i * a.width,
+                   static_cast<T*>(a.d_pre) + 2 * i * a.width);
+}
+
 void select_rows(const SelectArgs& a, Range r) {
   int64_t bytes = int64_t(a.hidden) * (a.dtype ? 2 : 4);
   for (int i = r.begin; i < r.end; ++i)
@@ -129,6 +173,16 @@ Kernel<ActivateArgs> activate_kernel() {
           [](const ActivateArgs& a, const Step& step, const Worker&, int unit) {
             Range r = rows_of(unit, step.num_rows[a.rows_kind], a.hidden);
             a.dtype ? activate_t<bf16>(a, r) : activate_t<float>(a, r);
+          }};
+}
+
+Kernel<GatedGradArgs> gated_grad_kernel() {
+  return {[](const GatedGradArgs& a, const Step& step) {
+            return num_units(step.num_rows[1], 2 * a.width);
+          },
+          [](const GatedGradArgs& a, const Step& step, const Worker&, int unit) {
+            Range r = rows_of(unit, step.num_rows[1], 2 * a.width);
+            a.dtype ? gated_grad_t<bf16>(a, r) : gated_grad_t<float>(a, r);
           }};
 }
 

@@ -18,7 +18,9 @@ const KernelTable* CAT(STERNA_ISA, _table)() {
                                  isa::quant_rows_kernel(), isa::embed_norm_kernel(),
                                  isa::bidirectional_kernel(), isa::pool_kernel(),
                                  isa::draft_cell_kernel(), isa::pick_kernel(),
-                                 isa::lora_down_kernel(), isa::lora_up_kernel()};
+                                 isa::lora_down_kernel(), isa::lora_up_kernel(),
+                                 isa::score_grad_kernel(), isa::gated_grad_kernel(),
+                                 isa::pack_kernel()};
   return &table;
 }
 

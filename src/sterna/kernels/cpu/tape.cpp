@@ -27,11 +27,14 @@ const auto& kernel(const KernelTable& t, const DraftCellArgs&) { return t.draft_
 const auto& kernel(const KernelTable& t, const PickArgs&) { return t.pick; }
 const auto& kernel(const KernelTable& t, const LoraDownArgs&) { return t.lora_down; }
 const auto& kernel(const KernelTable& t, const LoraUpArgs&) { return t.lora_up; }
+const auto& kernel(const KernelTable& t, const ScoreGradArgs&) { return t.score_grad; }
+const auto& kernel(const KernelTable& t, const GatedGradArgs&) { return t.gated_grad; }
+const auto& kernel(const KernelTable& t, const PackArgs&) { return t.pack; }
 
 constexpr const char* NAMES[] = {"embed", "norm", "linear", "activate", "select", "rope",
                                  "store", "attention", "attention_grad", "draw", "score", "quant_linear", "quant_embed",
                                  "quant_rows", "embed_norm", "bidirectional", "pool", "draft_cell", "pick",
-                                 "lora_down", "lora_up"};
+                                 "lora_down", "lora_up", "score_grad", "gated_grad", "pack"};
 
 }  // namespace
 

@@ -10,7 +10,8 @@ namespace sterna {
 using Args = std::variant<EmbedArgs, NormArgs, LinearArgs, ActivateArgs, SelectArgs, RopeArgs,
                           StoreArgs, AttentionArgs, AttentionGradArgs, DrawArgs, ScoreArgs, QuantLinearArgs,
                           QuantEmbedArgs, QuantRowsArgs, EmbedNormArgs, BidirectionalArgs, PoolArgs,
-                          DraftCellArgs, PickArgs, LoraDownArgs, LoraUpArgs>;
+                          DraftCellArgs, PickArgs, LoraDownArgs, LoraUpArgs, ScoreGradArgs,
+                          GatedGradArgs, PackArgs>;
 
 // Owns the calls, not the memory they point to: the recorder keeps that alive.
 class Tape {

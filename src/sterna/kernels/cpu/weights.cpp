@@ -94,17 +94,4 @@ void dequantize_unit(const DequantArgs& a, int unit) {
   a.is_bf16 ? dequantize_range<uint16_t>(a, begin, end) : dequantize_range<float>(a, begin, end);
 }
 
-// Both layouts move 4-byte units: a float, or a pair of bfloat16.
-void pack_panel_unit(const PackArgs& a, int panel) {
-  constexpr int TILE = 16;  // units of a row at a time: one cache line in, 16 lines out
-  int64_t units = int64_t(a.cols) * a.elem_bytes / 4;
-  const uint32_t* src = static_cast<const uint32_t*>(a.weight) + int64_t(panel) * PANEL * units;
-  uint32_t* dst = static_cast<uint32_t*>(a.out) + int64_t(panel) * PANEL * units;
-  int rows = a.rows - panel * PANEL < PANEL ? a.rows - panel * PANEL : PANEL;
-  for (int64_t k0 = 0; k0 < units; k0 += TILE)
-    for (int r = 0; r < PANEL; ++r)
-      for (int64_t k = k0; k < k0 + TILE && k < units; ++k)
-        dst[k * PANEL + r] = r < rows ? src[r * units + k] : 0;
-}
-
 }  // namespace sterna

@@ -1,4 +1,4 @@
-// Weights on their way in: GGUF blocks to floats, plain rows to packed panels.
+// Weights on their way in: GGUF blocks to floats.
 #pragma once
 #include <cstdint>
 
@@ -16,13 +16,5 @@ struct DequantArgs {
 };
 constexpr int64_t DEQUANT_UNIT = 4096;  // blocks a unit
 void dequantize_unit(const DequantArgs& args, int unit);
-
-// elem_bytes 4: [N, K] -> [N / 32, K, 32]; 2: [N, K] -> [N / 32, K / 2, 32, 2]. One panel a unit.
-struct PackArgs {
-  const void* weight;
-  void* out;
-  int32_t rows, cols, elem_bytes;
-};
-void pack_panel_unit(const PackArgs& args, int panel);
 
 }  // namespace sterna

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from sterna.kernels import reference
 from sterna.kernels.backend import ReferenceBackend, use_backend
 from sterna.kernels.optable import library
 
-OPS = ("attention",)
+OPS = ("attention", "shared_attention")
 
 
 class TritonBackend(ReferenceBackend):
@@ -57,6 +58,7 @@ def missing() -> str | None:
 def register(device_type: str) -> None:
     """Serve "cuda", or "cpu" by the interpreter. Once a process."""
     library().impl("attention", _attention, device_type.upper())
+    library().impl("shared_attention", _shared_attention, device_type.upper())
     use_backend(device_type, TritonBackend())
 
 
@@ -76,3 +78,11 @@ def _attention(
     if qkv.dtype not in kernels.DTYPES:
         return reference.attention(qkv, query_starts, *heads, scale, window, softcap)
     return kernels.forward(qkv.contiguous(), query_starts, heads, scale, window, softcap)
+
+
+def _shared_attention(
+    qkv: Tensor, query_starts: Tensor, key_rows: Tensor, key_starts: Tensor, *options: Any
+) -> Tensor:
+    """Through `attention`, prefixes once a sequence; only their rows of the result are dropped."""
+    whole = _attention(qkv.index_select(0, key_rows), key_starts, *options)
+    return whole.index_select(0, reference.own_keys(query_starts, key_starts))

@@ -70,7 +70,8 @@ class Gradients:
         self.sum_dtype = torch.float64 if is_wide else torch.float32
         weight = head.weight
         self.hidden = torch.zeros_like(hidden) if wants[0] else None
-        self.weight = torch.zeros_like(weight, dtype=self.sum_dtype) if wants[1] else None
+        self._wants_weight = wants[1]
+        self.weight: Tensor | None = None
         has_bias = wants[2] and head.bias is not None
         self.bias = weight.new_zeros(weight.shape[0], dtype=self.sum_dtype) if has_bias else None
 
@@ -82,14 +83,29 @@ class Gradients:
         if self.bias is not None:
             self.bias += d_logits.sum(0, dtype=self.sum_dtype)
         scale = self.head.settings.scale
-        d = (d_logits.mul_(scale) if scale != 1.0 else d_logits).to(hidden.dtype)
+        self.add_scaled(
+            rows, hidden, (d_logits.mul_(scale) if scale != 1.0 else d_logits).to(hidden.dtype)
+        )
+
+    def add_scaled(self, rows: Tensor, hidden: Tensor, d: Tensor) -> None:
+        """`add` of gradients that are multiplied by the scale and in the compute dtype already.
+
+        The weight's is summed in float32 from the second chunk on; one chunk is its own sum.
+        """
         if self.hidden is not None:
             self.hidden.index_copy_(0, rows, d @ self.head.weight)
-        if self.weight is not None:
-            self.weight += d.t() @ hidden
+        if self._wants_weight:
+            part = d.t() @ hidden
+            self.weight = part if self.weight is None else self.weight.to(self.sum_dtype).add_(part)
 
-    def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums, for hidden, weight and bias."""
+    def take(self, is_final: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums, for hidden, weight and bias. `is_final`: nobody scales them, so that a single
+        chunk's weight gradient may stay in the compute dtype, which it was rounded to.
+        """
+        if self._wants_weight and self.weight is None:
+            self.weight = torch.zeros_like(self.head.weight)
+        if self.weight is not None and not is_final:
+            self.weight = self.weight.to(self.sum_dtype)
         return self.hidden, self.weight, self.bias
 
 

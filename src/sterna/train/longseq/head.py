@@ -30,6 +30,7 @@ Legend: T tokens, R rows in use, r rows of a chunk, V vocabulary, D hidden_size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sterna.core.errors import KernelError
+from sterna.kernels.score_gradient import can_differentiate, row_gradient
 from sterna.kernels.scores import PLAIN, Distribution, score
 from sterna.train.longseq.chunks import (
     Gradients,
@@ -49,6 +51,10 @@ from sterna.train.longseq.chunks import (
     split_rows,
     valid_rows,
 )
+
+# Rows of logits at a time on a CPU where nothing else needs more: 50 MB of 49,152 tokens, most of
+# them still in the cache when they are read.
+FEW_ROWS = 256
 
 
 class _SumLoss(torch.autograd.Function):
@@ -239,7 +245,7 @@ def chunked_logprobs(
         apply: Any = _RowValues.apply
         pair: tuple[Tensor, Tensor] = apply(hidden, weight, bias, targets, settings)
         return pair
-    return _row_values(hidden.detach(), weight, bias, targets, settings)
+    return _row_values(hidden.detach(), make_head(weight, bias, settings), targets)
 
 
 def chunked_dpo_logps(
@@ -278,24 +284,52 @@ class _RowValues(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, settings: HeadSettings
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.settings = settings
-        return _row_values(hidden, weight, bias, targets, settings)
+        ctx.head = make_head(weight, bias, settings)
+        return _row_values(hidden, ctx.head, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        head = make_head(weight, bias, ctx.settings)
+        head, settings = ctx.head, ctx.head.settings
         grads = Gradients(head, hidden, ctx.needs_input_grad[:3])
-        for rows in split_rows(valid_rows(targets, len(weight)), len(weight), ctx.settings):
-            part, wanted = hidden.index_select(0, rows), targets[rows].long()
-            z = head.logits(part)
-            kept = z.clone() if ctx.settings.softcap > 0 else None
-            d = _row_gradient(z, wanted, ctx.settings, d_logprobs[rows], d_entropy[rows])
-            grads.add(rows, part, head.uncap(d, kept))
-            del z, d
-        found = as_inputs(grads.take(), (hidden, weight, bias))
+        is_plain = bias is None and settings.softcap == 0
+        is_native = is_plain and can_differentiate(hidden, len(weight))
+        add = _add_native if is_native else _add_chunk
+        for rows in split_rows(valid_rows(targets, len(weight)), len(weight), settings):
+            wanted = targets[rows].long()
+            add(
+                grads, rows, hidden.index_select(0, rows), wanted, d_logprobs[rows], d_entropy[rows]
+            )
+        found = as_inputs(grads.take(is_final=True), (hidden, weight, bias))
         return (*found, None, None)
+
+
+def _add_chunk(
+    grads: Gradients, rows: Tensor, hidden: Tensor, wanted: Tensor, g: Tensor, k: Tensor
+) -> None:
+    """A chunk's part of the gradients, by PyTorch."""
+    head, settings = grads.head, grads.head.settings
+    z = head.logits(hidden)
+    kept = z.clone() if settings.softcap > 0 else None
+    grads.add(rows, hidden, head.uncap(_row_gradient(z, wanted, settings, g, k), kept))
+
+
+def _add_native(
+    grads: Gradients, rows: Tensor, hidden: Tensor, wanted: Tensor, g: Tensor, k: Tensor
+) -> None:
+    """The same with logits of a few rows at a time, and their gradient in the compute dtype."""
+    head, settings = grads.head, grads.head.settings
+    d = hidden.new_empty(len(rows), len(head.weight))
+    for part in _few(len(rows)):
+        z = head.logits(hidden[part])
+        upstream = (g[part] * settings.scale, k[part] * settings.scale)
+        row_gradient(z, wanted[part], settings.distribution, *upstream, d[part])
+    grads.add_scaled(rows, hidden, d)
+
+
+def _few(num_rows: int) -> list[slice]:
+    return [slice(i, i + FEW_ROWS) for i in range(0, num_rows, FEW_ROWS)]
 
 
 def _row_gradient(
@@ -326,14 +360,14 @@ def _kept_logits(z: Tensor, distribution: Distribution) -> Tensor:
 
 
 @torch.no_grad()
-def _row_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
-) -> tuple[Tensor, Tensor]:
-    head = make_head(weight, bias, settings)
+def _row_values(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    settings, vocab = head.settings, len(head.weight)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logprobs = hidden.new_zeros(len(hidden), dtype=dtype)
     entropies = torch.zeros_like(logprobs)
-    for rows in split_rows(valid_rows(targets, len(weight)), len(weight), settings):
+    if hidden.device.type == "cpu":
+        settings = replace(settings, chunk_rows=min(FEW_ROWS, settings.chunk_rows or FEW_ROWS))
+    for rows in split_rows(valid_rows(targets, vocab), vocab, settings):
         z = head.logits(hidden.index_select(0, rows))
         found = _score(z, targets[rows].long(), settings.distribution)
         logprobs[rows], entropies[rows] = (values.to(dtype) for values in found)

@@ -204,12 +204,17 @@ def flush(piece: Piece, tensors: Mapping[str, Tensor]) -> None:
         kept.write(part, tensors[key])
 
 
-def new_home(tier: Tier, device: torch.device, folder: Path) -> Home:
-    """The home of a tier. ConfigError for host without a GPU: it is the same memory."""
+def new_home(
+    tier: Tier, device: torch.device, folder: Path, setting: str = "offload.folder"
+) -> Home:
+    """The home of a tier; `setting` names the folder to users.
+
+    ConfigError for host without a GPU: it is the same memory.
+    """
     if tier == "memory":
         return MemoryHome()
     if tier == "disk":
-        return TierHome(device, ThreadLane(), Slab(folder))
+        return TierHome(device, ThreadLane(), Slab(folder, setting))
     if device.type != "cuda":
         raise ConfigError(
             f"[offload] tier 'host' moves off a GPU, but the model is on {device}; use disk",

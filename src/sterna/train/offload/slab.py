@@ -24,7 +24,9 @@ class Slab:
     grows, which gives way. Maps and reads see the same bytes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, setting: str = "offload.folder") -> None:
+        """`setting`: where a user says which folder."""
+        self._setting = setting
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".offload-")  # noqa: SIM115
         self._folder = folder
@@ -78,7 +80,7 @@ class Slab:
     def _error(self, what: str, error: OSError) -> TrainError:
         return TrainError(
             f"offloading {what} to {self._folder} failed: {error.strerror}; free space or set "
-            "offload.folder to another disk"
+            f"{self._setting} to another disk"
         )
 
 

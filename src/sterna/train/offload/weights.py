@@ -30,8 +30,8 @@ LEAST = 4096  # numbers: smaller tensors stay, each would cost a read of its own
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """An offloaded tensor of a block."""
+class Held:
+    """An offloaded tensor."""
 
     tensor: Tensor  # the Parameter or buffer of the module
     kept: Kept
@@ -61,7 +61,7 @@ class WeightTier:
         self._is_far = home.device.type != "cpu"
         shared = _shared(blocks)
         self._held = [
-            [_hold(t, home) for t in _tensors(b) if id(t) not in shared and is_wanted(t)]
+            [hold(t, home) for t in _tensors(b) if id(t) not in shared and is_wanted(t)]
             for b in blocks
         ]
         if not any(self._held):
@@ -108,6 +108,12 @@ class WeightTier:
         finally:
             for i in blocks:
                 self._leave(i)
+
+    def release(self) -> None:
+        """Between passes: give the buffers' memory back; the next pass takes it again."""
+        self._home.lane.finish()
+        self._buffers = []
+        self._home.drop()
 
     def _leave(self, block_idx: int) -> None:
         for one in self._held[block_idx]:
@@ -188,15 +194,16 @@ def _shared(blocks: Sequence[nn.Module]) -> set[int]:
     return twice
 
 
-def _hold(tensor: Tensor, home: TierHome) -> _Held:
+def hold(tensor: Tensor, home: TierHome) -> Held:
+    """Move a tensor home: its `data` is there from now on. TrainError when there is no room."""
     flat = tensor.detach().contiguous().reshape(-1)
     kept = home.new(flat.numel(), flat.dtype, flat.device)
     kept.write(slice(0, flat.numel()), flat)  # not through the map, whose pages would stay
     at_home = kept.tensor.view(tensor.shape)
     tensor.data = at_home
-    return _Held(tensor, kept, at_home)
+    return Held(tensor, kept, at_home)
 
 
-def _piece(held: list[_Held]) -> Piece:
+def _piece(held: list[Held]) -> Piece:
     """Everything of a block, by its number."""
     return {str(i): (one.kept, slice(0, one.tensor.numel())) for i, one in enumerate(held)}
