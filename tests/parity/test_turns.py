@@ -148,6 +148,27 @@ def test_the_loop_learns_from_the_policys_tokens_only(tmp_path, toolbox, monkeyp
     assert figures["sampling/sampling_logp_difference/max"] == 0.0
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_other_processes_take_the_same_turns(tmp_path, toolbox, monkeypatch, staleness):
+    """One step off too: a queued step's turns are all by the weights that drew its first."""
+    written = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        rollout = {"max_tokens": 120, "workers": workers, "staleness": staleness}
+        run(folder, toolbox, monkeypatch, rollout=rollout, run={"steps": 3, "dump": True})
+        dumps = sorted((folder / "run" / "rollouts").iterdir())
+        written.append([read_dump(dump)[0].rollouts for dump in dumps])
+    assert len(written[0]) == 3
+    for one, two in zip(*written, strict=True):
+        assert any(len(rollout.turns()) > 1 for rollout in one)
+        for a, b in zip(one, two, strict=True):
+            assert a.policy_version == b.policy_version
+            assert a.completion.tolist() == b.completion.tolist()
+            assert a.logprobs.tolist() == b.logprobs.tolist()
+            assert a.mask.tolist() == b.mask.tolist()
+
+
 def test_answers_have_no_gradient(folder, toolbox):
     model, _, turns = make(folder, toolbox)
     rollouts = turns.generate(PROMPTS, 2, SAMPLINGS[0], seeds=[1, 2, 3])

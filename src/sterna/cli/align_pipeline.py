@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ def run_pipeline(recipe: AlignRecipe, resume: bool, as_json: bool) -> int:
     from sterna.cli.train_samples import generate
 
     result = align_pipeline(recipe, resume=resume, generate=generate)
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OF.get(result.outcome, 0)
     if as_json:
         table = None if result.table is None else asdict(result.table)
         told = {"outcome": result.outcome, "step": result.step, "model": str(result.model)}

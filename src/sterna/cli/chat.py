@@ -7,14 +7,14 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sterna.cli.complete import choice_text
-from sterna.cli.endpoint import Endpoint, open_endpoint
+from sterna.cli.endpoint import Endpoint, open_endpoint, served
 from sterna.cli.failures import describe_validation
 from sterna.cli.flags import DEFAULT_ENGINE, ConfigFiles, EngineOptions
 from sterna.cli.sampling import DEFAULT_SAMPLING, Sampling, SamplingOptions
@@ -42,7 +42,8 @@ def chat(
     Parameters
     ----------
     model
-        Folder, GGUF file or name; empty is the default model.
+        Folder, GGUF file or name; empty is the default model. An adapter's folder means its base
+        with it. With --lora name=folder the first adapter answers; /model changes who does.
     url
         A server to ask instead of loading the model here.
     api_key
@@ -174,6 +175,17 @@ class Conversation:
         except ValueError as error:  # pydantic's ValidationError is one
             self.console.print(describe_validation(error), markup=False)
 
+    def choose(self, argument: str) -> None:
+        """`/model NAME`: who answers from now on; alone, who may."""
+        names = self.runner.run(served(self.endpoint.client))
+        if not argument:
+            said = "\n".join(f"{'*' if n == self.endpoint.model else ' '} {n}" for n in names)
+            self.console.print(said, markup=False)
+        elif argument in names:
+            self.endpoint = replace(self.endpoint, model=argument)
+        else:
+            self.console.print(unknown("model", argument, names), markup=False)
+
     def retry(self, argument: str) -> None:
         """Answer the last question again."""
         if len(self.messages) < 2:
@@ -206,6 +218,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], None]]] = {
     "clear": ("forget the conversation", Conversation.clear),
     "system": ("TEXT: replace the system message and start again", Conversation.set_system),
     "set": ("NAME=VALUE: change a sampling option", Conversation.set_sampling),
+    "model": (
+        "NAME: another model or adapter answers; alone: which",
+        Conversation.choose,
+    ),
     "retry": ("answer the last question again", Conversation.retry),
     "save": ("FILE: write the conversation as JSON", Conversation.save),
     "stats": ("speed of the last answer", Conversation.show_stats),

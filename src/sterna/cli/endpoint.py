@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from sterna.cli.adapted import with_adapter
 from sterna.cli.flags import changed
 from sterna.core.errors import ModelNotFoundError, RequestError, SternaError
 from sterna.core.log import get_logger
@@ -120,10 +121,11 @@ async def remote(url: str, api_key: str, model: str) -> AsyncIterator[Endpoint]:
     async with httpx.AsyncClient(
         base_url=base, headers=headers, timeout=_TIMEOUT, limits=limits
     ) as client:
-        yield Endpoint(client, model or await _first_model(client))
+        yield Endpoint(client, model or (await served(client))[0])
 
 
-async def _first_model(client: httpx.AsyncClient) -> str:
+async def served(client: httpx.AsyncClient) -> list[str]:
+    """The models that may be asked, adapters among them. EndpointError, ModelNotFoundError."""
     try:
         response = await client.get("/v1/models")
     except httpx.TransportError as error:
@@ -133,17 +135,21 @@ async def _first_model(client: httpx.AsyncClient) -> str:
     models = response.json().get("data") or []
     if not models:
         raise ModelNotFoundError(f"{client.base_url} serves no model")
-    return str(models[0]["id"])
+    return [str(one["id"]) for one in models]
 
 
 @asynccontextmanager
 async def in_process(model: str, config: EngineConfig) -> AsyncIterator[Endpoint]:
-    """The model loaded here, behind the server's own app. Imports torch."""
+    """The model loaded here, behind the server's own app. Imports torch.
+
+    An adapter that was named (adapted.py) answers in the model's place.
+    """
     from sterna.engine.aio import AsyncEngine
     from sterna.engine.build import build_engine
     from sterna.server.app import create_app
     from sterna.server.config import ServerConfig
 
+    model, config, adapter = with_adapter(model, config)
     engine = AsyncEngine(await asyncio.to_thread(build_engine, model, config))
     app = create_app(engine, ServerConfig.model_validate({"model": model, "log_requests": False}))
     async with (
@@ -152,7 +158,7 @@ async def in_process(model: str, config: EngineConfig) -> AsyncIterator[Endpoint
             transport=InProcessTransport(app), base_url="http://in-process", timeout=None
         ) as client,
     ):
-        yield Endpoint(client, await _first_model(client))
+        yield Endpoint(client, adapter or (await served(client))[0])
 
 
 class InProcessTransport(httpx.AsyncBaseTransport):

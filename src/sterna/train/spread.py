@@ -57,7 +57,8 @@ def use_longseq(
             param="offload.weights",
         )
     if settings.checkpoint or settings.mlp_tile or settings.attention_tile:
-        apply_longseq(model, settings, recipe.run.output, num_shards > 1, weights)
+        decoder = getattr(model, "trunk", model)  # a value model's blocks are its trunk's
+        apply_longseq(decoder, settings, recipe.run.output, num_shards > 1, weights)
     return recipe
 
 

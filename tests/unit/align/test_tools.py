@@ -13,7 +13,7 @@ from tests.unit.align.runs import recipe, tiny
 from sterna.align.config import RolloutSection
 from sterna.align.draw import make_toolbox, speaks_chat
 from sterna.align.hybrid import Sampling
-from sterna.align.prompts import PromptStream
+from sterna.align.prompts import PromptStream, that_fit
 from sterna.align.rollout import Rollout
 from sterna.align.tools.protocol import ChatProtocol, PlainProtocol, cut
 from sterna.align.tools.toolbox import Toolbox, ToolRequest, ToolResult
@@ -238,3 +238,21 @@ def test_prompts_tell_of_tools_where_they_are_rendered(tmp_path, tokenizer, plac
     assert not speaks_chat(plain, tokenizer)
     assert RolloutSection().tools == ()
     assert make_toolbox(SimpleNamespace(rollout=RolloutSection())) is None
+
+
+def test_prompts_that_tools_make_too_long_are_skipped_and_counted(tmp_path, tokenizer, places):
+    """The first one too: what the template says of the tools counts."""
+    settings = recipe(tmp_path, prompts={"render": "auto"}, rollout={"tools": places[:1]})
+    box = make_toolbox(settings)
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "x" * 100}, {"prompt": [5, 6, 7]}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    section = settings.prompts.model_copy(update={"path": str(rows), "task": ""})
+    bare = PromptStream(section, tokenizer, None).take(2)
+    longest = max(len(prompt.tokens) for prompt in bare)
+    asked = that_fit(section, longest + 10, 10)
+    assert len(PromptStream(asked, tokenizer, None).take(2)) == 2  # without tools both fit
+    stream = PromptStream(asked, tokenizer, None, tools=box.schemas)
+    box.close()
+    assert [prompt.tokens.tolist() for prompt in stream.take(2)] == [[5, 6, 7]] * 2
+    assert stream.num_too_long >= 1

@@ -30,6 +30,7 @@ from sterna.data.loader import Loader
 from sterna.data.pack import PackedRow
 from sterna.kernels.load import load_kernels
 from sterna.model.decoder import Decoder
+from sterna.model.hf import HFDecoder
 from sterna.model.hub import resolve_model
 from sterna.model.value import (
     HEAD_NAME,
@@ -69,6 +70,7 @@ class PreferenceTask:
         recipe = _checked(recipe, mesh)
         self._policy = Lora(recipe.adapter) if recipe.adapter is not None else Sft()
         model = self._policy.build(recipe, mesh, source)
+        _check_long(recipe, model)
         self._reference = _reference(recipe, mesh, model, source)
         return model
 
@@ -112,7 +114,9 @@ class RewardTask:
         backend = "hf" if recipe.model.backend == "hf" else "native"
         if recipe.model.backend == "auto" and not _is_native(recipe, path):
             backend = "hf"
-        return load_value_model(path, recipe.model.dtype, mesh.device, backend)
+        model = load_value_model(path, recipe.model.dtype, mesh.device, backend)
+        _check_long(recipe, model.trunk)
+        return model
 
     def loss(self, recipe: Recipe) -> Loss | RowLoss:
         """On pairs."""
@@ -164,13 +168,11 @@ def _adapted(recipe: Recipe, lora: Lora, mesh: Mesh, source: Path | None) -> Val
 def _checked(recipe: Recipe, mesh: Mesh) -> OfflineRecipe:
     """ConfigError for what has no meaning here, or is not proven."""
     assert isinstance(recipe, OfflineRecipe)
-    head_only = LongseqSection.model_validate({"head_rows": recipe.longseq.head_rows})
     refused = {
         "model.config": recipe.model.config is not None,
         "model.neftune_alpha": recipe.model.neftune_alpha > 0,
         "[loss]": recipe.loss != LossSection(),
         "offload.weights": recipe.offload.weights != "memory",
-        "[longseq] beyond head_rows": recipe.longseq != head_only,
         "parallel.sp above 1": mesh.sp.size > 1,
         'parallel.shard on several ranks (set it to "none")': mesh.data.size > 1
         and recipe.parallel.shard != "none",
@@ -179,6 +181,17 @@ def _checked(recipe: Recipe, mesh: Mesh) -> OfflineRecipe:
         if is_set:
             raise ConfigError(f"{name} does not work with kind = {recipe.kind}; leave it out")
     return recipe
+
+
+def _check_long(recipe: OfflineRecipe, model: nn.Module) -> None:
+    """ConfigError for checkpoints and tiles of a model behind transformers: proven for sft only."""
+    head_only = LongseqSection.model_validate({"head_rows": recipe.longseq.head_rows})
+    if isinstance(model, HFDecoder) and recipe.longseq != head_only:
+        raise ConfigError(
+            f"[longseq] beyond head_rows does not work with kind = {recipe.kind} of a model behind "
+            "transformers; leave it out",
+            param="longseq",
+        )
 
 
 def _reference(

@@ -85,6 +85,7 @@ def _complete(values: Values, name: str, part: int, tables: list[str]) -> None:
         table["data"] = data
     if name == "reward":
         table.setdefault("kind", "reward")
+        table.setdefault("parallel", {"shard": "none"})  # of a value model no weight is cut
 
 
 def _start(values: Values, name: str, tables: list[str]) -> str | None:

@@ -13,10 +13,11 @@ so a run killed at any point ends, once it is resumed, with the bits of one that
 from __future__ import annotations
 
 import gc
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import torch.distributed as dist
 
 from sterna.align.config import RlRecipe
 from sterna.align.memory.steps import check_steps
@@ -27,10 +28,13 @@ from sterna.align.pipeline.config import AlignRecipe
 from sterna.align.pipeline.outcome import Outcome, outcome_of
 from sterna.align.pipeline.record import FILE, check_same, read_record, record_of, weights_hash
 from sterna.align.pipeline.report import write_report
+from sterna.align.ranks import on_main
 from sterna.align.rl import align_rl
 from sterna.core.errors import ConfigError
 from sterna.core.log import get_logger
 from sterna.core.rundir import FolderLock, write_atomic
+from sterna.parallel.config import ParallelConfig
+from sterna.parallel.mesh import Mesh, close_mesh, open_mesh
 from sterna.train import checkpoint
 from sterna.train.loop import train
 from sterna.train.recipe import to_toml
@@ -59,37 +63,52 @@ def align_pipeline(
 
     `resume` skips finished steps and goes on with one that was cut short. `generate` answers the
     sample prompts of the reports. SIGINT and SIGTERM end the run after the current training step,
-    with a checkpoint.
+    with a checkpoint. Under torchrun every rank calls this and gets the same result.
 
     Raises what the steps raise, and ConfigError for a step over its memory budget, made by another
     recipe, without the models it begins with, or a folder that another process works in.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a pipeline runs in one process; start it without torchrun")
+    timeout_s = recipe.rl.run.timeout_s if recipe.rl is not None else 1800.0
+    owns_mesh = not dist.is_initialized()
+    mesh = open_mesh(ParallelConfig.model_validate({"timeout_s": timeout_s}), recipe.model.device)
+    lock = FolderLock(recipe.run.output)
+    try:
+        on_main(mesh, lambda: _open(recipe, lock))
+        return _run(recipe, resume, generate, mesh)
+    finally:
+        lock.release()
+        if owns_mesh:
+            close_mesh()
+
+
+def _open(recipe: AlignRecipe, lock: FolderLock) -> None:
+    """ConfigError for a plan over its budget, or a folder in use."""
     check_steps(recipe)
     output = recipe.run.output
     output.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(output)
     if not lock.take():
         raise ConfigError(f"another process aligns into {output}; give another run.output")
-    try:
-        write_atomic(output / "recipe.toml", to_toml(recipe))
-        return _run(recipe, resume, generate)
-    finally:
-        lock.release()
+    write_atomic(output / "recipe.toml", to_toml(recipe))
 
 
-def _run(recipe: AlignRecipe, resume: bool, generate: Generate | None) -> PipelineResult:
+def _run(
+    recipe: AlignRecipe, resume: bool, generate: Generate | None, mesh: Mesh
+) -> PipelineResult:
     step = ""
     for step in recipe.chosen():
-        outcome = _run_step(recipe, step, resume, generate)
+        outcome = _run_step(recipe, step, resume, generate, mesh)
         gc.collect()  # a trainer is part of a cycle; the next step needs its memory
         if outcome in _CUT_SHORT:
             return _result(recipe, step, outcome, None)
+    return _result(recipe, step, "done", on_main(mesh, lambda: _told(recipe)))
+
+
+def _told(recipe: AlignRecipe) -> Outcome:
+    """What came of it, written down."""
     found = outcome_of(recipe, _compared(recipe))
     write_atomic(recipe.run.output / "outcome.json", found.to_json())
     write_report(recipe, found)
-    return _result(recipe, step, "done", found)
+    return found
 
 
 def _result(
@@ -100,9 +119,20 @@ def _result(
 
 
 def _run_step(
-    recipe: AlignRecipe, step: str, resume: bool, generate: Generate | None
+    recipe: AlignRecipe, step: str, resume: bool, generate: Generate | None, mesh: Mesh
 ) -> StepOutcome:
-    """Run it, go on with it, or leave it as it is."""
+    """Run it, go on with it, or leave it as it is. All ranks train; the first one keeps books."""
+    has_begun = on_main(mesh, lambda: _begin(recipe, step, resume))
+    if has_begun is None:
+        return "done"
+    outcome = _train(recipe.recipe(step), has_begun, generate)
+    if outcome not in _CUT_SHORT:
+        on_main(mesh, lambda: _end(recipe, step))
+    return outcome
+
+
+def _begin(recipe: AlignRecipe, step: str, resume: bool) -> bool | None:
+    """Whether the step goes on from a checkpoint of its own; None for a finished one."""
     folder, now = recipe.folder(step), record_of(recipe, step)
     before = read_record(folder)
     if before is not None:
@@ -115,14 +145,15 @@ def _run_step(
         check_same(recipe, step, before, now)
         if before.weights is not None:
             _log.info("%s is finished", folder)
-            return "done"
+            return None
     now.save(folder)
     _log.info("step %s in %s", step, folder)
-    has_begun = resume and checkpoint.newest(folder / "checkpoints") is not None
-    outcome = _train(recipe.recipe(step), has_begun, generate)
-    if outcome not in _CUT_SHORT:
-        replace(now, weights=weights_hash(folder / "model")).save(folder)
-    return outcome
+    return resume and checkpoint.newest(folder / "checkpoints") is not None
+
+
+def _end(recipe: AlignRecipe, step: str) -> None:
+    folder, now = recipe.folder(step), record_of(recipe, step)
+    replace(now, weights=weights_hash(folder / "model")).save(folder)
 
 
 def _train(recipe: object, resume: bool, generate: Generate | None) -> StepOutcome:
