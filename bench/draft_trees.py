@@ -57,7 +57,7 @@ class TreeDrafter(SuffixDrafter):
 
     def nodes(self, seq: Playback, limit: int, is_tree: bool) -> Nodes:
         """At most `limit` rows: the likeliest ones as a tree, or one path."""
-        track = self._tracks[seq]  # type: ignore[index]
+        track = self._track_of(seq)  # type: ignore[arg-type]
         context, best, score = self._context(seq), Nodes([], [], []), 0.0  # type: ignore[arg-type]
         places = [(track.own.tree, track.own.root)]
         if self._past is not None:
@@ -145,7 +145,6 @@ def _play(
     for record in records:
         text = record["completion"]
         seq = Playback(State(prompt=np.array(record["prompt"], np.int32), salt=""))
-        drafter.start(seq)  # type: ignore[arg-type]
         at = 0
         while at < len(text):
             room = min(limit, MOST, max(len(text) - at - 1, 0))
@@ -160,7 +159,6 @@ def _play(
             score.ms += cost.seconds(1 + num, 0)
             new = text[at : at + count]
             seq.output.extend(new)
-            drafter.extend(seq, new)  # type: ignore[arg-type]
             at += count
         drafter.finish(seq)  # type: ignore[arg-type]
         score.tokens += len(text)

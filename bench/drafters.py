@@ -91,7 +91,6 @@ def play(drafter: Drafter, prompt: list[int], text: list[int], limit: int, score
     """Let one request be drafted and verified against its text."""
     seq = Playback(State(prompt=np.array(prompt, np.int32), salt=""))
     started = time.perf_counter()
-    drafter.start(seq)
     at = 0
     while at < len(text):
         (draft,) = drafter.propose([seq], [min(limit, len(text) - at - 1)])
@@ -99,7 +98,6 @@ def play(drafter: Drafter, prompt: list[int], text: list[int], limit: int, score
         count = score.add(tokens, probs, text[at : at + limit + 1])
         new = text[at : at + count]
         seq.output.extend(new)
-        drafter.extend(seq, new)
         at += count
     drafter.finish(seq)
     score.seconds += time.perf_counter() - started

@@ -29,7 +29,7 @@ class Run:
     decode_tokens: int
     decode_s: float
     num_decode_steps: int
-    drafting_s: float  # in drafters: proposing, and following what was committed
+    drafting_s: float  # proposing, and keeping account
     num_drafted: int
     num_accepted: int
     num_drafts: int
@@ -56,12 +56,12 @@ class Variants:
         self._speculators = speculators
         assert engine.speculator is not None, "built with drafters"
         self._speculator = engine.speculator
-        for name in ("propose", "start", "extend"):
+        for name in ("propose", "extend", "note_step", "finish"):
             setattr(self._speculator, name, self._timed(getattr(self._speculator, name)))
 
     def use(self, variant: str) -> None:
         """`plain`, or names of drafters joined by +: suffix, ngram, mlp, lstm."""
-        names = [] if variant == PLAIN else variant.split("+")
+        names = [] if variant.startswith(PLAIN) else variant.split("+")
         own = ["learned" if name in self._speculators else name for name in names]
         folder = next((self._speculators[n] for n in names if n in self._speculators), None)
         settings = {"speculation": ",".join(own) or "off", "speculator": folder}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from sterna.engine import draft_rows
+from sterna.engine import account, draft_rows
+from sterna.engine.account import Account, Size
 from sterna.engine.drafters.base import Draft
 
 KINDS = ("right", "wrong", "mixed", "short")
@@ -22,16 +23,8 @@ class Scripted:
     def __init__(self, known, kind, vocab, seed=0):
         self.known, self.kind, self.vocab = known, kind, vocab
         self.rng = random.Random(f"{kind} {seed}")
-        self.seen = {}
+        self.seen = {}  # by sequence, its output at the last proposal
         self.finished = []
-
-    def start(self, seq):
-        assert seq not in self.seen, "started twice"
-        self.seen[seq] = list(seq.output)
-
-    def extend(self, seq, tokens):
-        self.seen[seq].extend(tokens)
-        assert self.seen[seq] == seq.output
 
     def propose(self, seqs, limits):
         return [self._draft(seq, limit) for seq, limit in zip(seqs, limits, strict=True)]
@@ -41,7 +34,9 @@ class Scripted:
         self.seen.pop(seq, None)
 
     def _draft(self, seq, limit):
-        assert seq.output == self.seen[seq]
+        seen = self.seen.get(seq, [])
+        assert seq.output[: len(seen)] == seen
+        self.seen[seq] = list(seq.output)
         known = self.known.get((seq.state.request.request_id, seq.index), ())
         place, count = len(seq.output), min(limit, 12)
         if self.kind == "short":
@@ -60,14 +55,46 @@ class FreeRows:
 
     level = 1.0
 
-    def seconds(self, num_rows, num_keys):
+    def unlevelled(self, num_rows, num_keys):
         return 1e3
 
     def note(self, num_rows, num_keys, seconds, *, has_drafts=False):
         pass
 
 
+class Rich(Account):
+    """An account that affords everything."""
+
+    def __init__(self, share=0.0):
+        super().__init__(share)
+        self.balance = 1e9
+
+    def affords(self, row_s, plain_s):
+        return True
+
+    def allow(self, seconds, plain_s):
+        pass
+
+    def note_gain(self, seconds, plain_s):
+        pass
+
+
+class RichSize(Size):
+    """Asks always."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self.accounts = {name: Rich() for name in names}
+
+    def must_be_plain(self):
+        return False
+
+    def is_broke(self):
+        return False
+
+
 def always_draft(engine, monkeypatch):
     """Verify whatever is proposed, however unlikely."""
     monkeypatch.setattr(draft_rows, "MIN_GAIN", 0.0)
+    monkeypatch.setattr(account, "Size", RichSize)
     engine.speculator.cost = FreeRows()

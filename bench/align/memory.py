@@ -4,8 +4,7 @@
 
 Every point is two steps with prompts and answers of exactly the lengths that the recipe allows, in
 a process of its own (memory_step.py). `bound` is what a run is held to: prompts of any length, and
-the margin. Freed memory going back to the system at once. `plain` is one
-point more, with malloc as it comes.
+the margin. All but the last state a budget, so freed memory is given back between phases.
 """
 
 from __future__ import annotations
@@ -31,27 +30,23 @@ from sterna.core.rundir import write_atomic
 from sterna.model.hub import resolve_model
 
 HERE = Path(__file__).resolve().parent
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 PPO: dict[str, Any] = {"algorithm": {"kind": "ppo", "kl_coef": 0.1, "micro_tokens": 1024},
                        "rewards": [{"kind": "model"}]}  # fmt: skip
 POINTS: dict[str, dict[str, Any]] = {
-    "grpo": {"algorithm": {"micro_tokens": 2048}},
-    "grpo, small micro-batches": {"algorithm": {"micro_tokens": 512}},
-    "grpo, long rollouts": {"algorithm": {"micro_tokens": 512},
-                            "rollout": {"prompts_per_step": 8, "max_tokens": 384}},
-    "grpo, packed copy": {"algorithm": {"micro_tokens": 512}, "rollout": {"weights": "packed"}},
-    "grpo, fp6 copy": {"algorithm": {"micro_tokens": 512}, "rollout": {"weights": "fp6"}},
-    "grpo, 8-bit states": {"algorithm": {"micro_tokens": 512}, "optim": {"states": "8bit"}},
-    "grpo, saved beside": {"algorithm": {"micro_tokens": 512},
-                           "checkpoint": {"every": 1, "is_async": True}},
     "ppo, reference, reward model": PPO,
     "ppo, both on disk": {**PPO, "memory": {"reference": "disk", "rewards": "disk"}},
+    "grpo": {},
     "ppo, lora, shared critic": {
         "algorithm": {"kind": "ppo", "kl_coef": 0.1, "micro_tokens": 1024},
         "adapter": {"rank": 16},
     },
+    "grpo, small micro-batches": {"algorithm": {"micro_tokens": 512}},
+    "grpo, long rollouts": {"algorithm": {"micro_tokens": 512},
+                            "rollout": {"prompts_per_step": 8, "max_tokens": 384}},
+    "grpo, 8-bit states": {"optim": {"states": "8bit"}},
+    "grpo, fp6 copy": {"rollout": {"weights": "fp6"}},
+    "grpo, no budget": {"memory": {"budget_gb": 0.0}},
 }  # fmt: skip
-PLAIN = "grpo"  # once more with the system's malloc
 
 
 def main() -> int:
@@ -62,9 +57,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     args = parser.parse_args()
     names = [name for name in POINTS if args.only in name]
-    rows = [point(name, args.threads, MALLOC) for name in track(names, description="points")]
+    rows = [point(name, args.threads) for name in track(names, description="points")]
     if not args.only:
-        rows.append({**point(PLAIN, args.threads, {}), "point": f"{PLAIN}, plain malloc"})
         facts = {"machine": fingerprint().as_dict(), "points": rows,
                  "worst": max(abs(row["error"]) for row in rows),
                  "under_bound": all(row["measured"] <= row["bound"] for row in rows)}  # fmt: skip
@@ -77,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def point(name: str, threads: int, env: dict[str, str]) -> dict[str, Any]:
+def point(name: str, threads: int) -> dict[str, Any]:
     """One recipe, both ways."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = as_recipe(POINTS[name], Path(folder), threads)
@@ -85,7 +79,7 @@ def point(name: str, threads: int, env: dict[str, str]) -> dict[str, Any]:
         job.write_text(json.dumps({"recipe": recipe}))
         done = subprocess.run(
             [sys.executable, str(HERE / "memory_step.py"), str(job)], capture_output=True,
-            text=True, check=False, env={**os.environ, **env, "OMP_NUM_THREADS": str(threads)},
+            text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-1500:]}")
@@ -114,11 +108,12 @@ def as_recipe(sections: dict[str, Any], folder: Path, threads: int) -> dict[str,
     values: dict[str, Any] = {
         "model": {"path": "default"},
         "prompts": {"path": str(prompts), "max_tokens": 128},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 128, "ignore_eos": True},
+        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_tokens": 128, "ignore_eos": True},
         "rewards": [{"kind": "function", "path": "given.py:small"}],
         "run": {"output": str(folder / "run"), "steps": 2, "threads": threads, "samples": 0,
                 "report": False},
         "checkpoint": {"every": 0, "is_async": False},
+        "algorithm": {"micro_tokens": 1024}, "memory": {"budget_gb": 1000.0},
     }  # fmt: skip
     for name, section in sections.items():
         own = isinstance(section, list)

@@ -57,7 +57,9 @@ def main() -> int:
     for name, job in all_jobs(args).items():
         peer = name.split("/")[1]
         found = run(name.split("/")[0], peer, job)
-        results.setdefault(name, {"job": {**job, "prompts": len(job["prompts"])}, "runs": []})
+        told = {key: Path(job[key]).name for key in ("model", "reward")}
+        told |= {"prompts": len(job["prompts"])}
+        results.setdefault(name, {"job": {**job, **told}, "runs": []})
         results[name]["runs"].append(found)
         print(name, json.dumps(phases(found)), flush=True)
         write_atomic(file, json.dumps(results, indent=1) + "\n")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.drafts import always_draft
 
 from sterna.align.hybrid import HybridEngine, Sampling
 from sterna.align.rollout import rollout_logprobs
 from sterna.align.score import completion_logprobs, micro_batches
 from sterna.core.errors import TrainError
 from sterna.engine.config import EngineConfig
-from sterna.engine.stepcost import CostPoint, StepCost
 from sterna.kernels.load import load_kernels
 from sterna.kernels.scores import Distribution
 from sterna.model.load import load_model
@@ -171,12 +171,11 @@ def test_six_bit_rollouts_follow_the_policy(folder):
 
 
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], Sampling(20, temperature=0.3)])
-def test_guesses_of_siblings_and_earlier_epochs_change_nothing(folder, sampling):
+def test_guesses_of_siblings_and_earlier_epochs_change_nothing(folder, sampling, monkeypatch):
     model, plain = make(folder)
     config = EngineConfig(token_budget=64, num_kv_blocks=64, dtype="float32", threads=1)
     guessing = HybridEngine(model, load_tokenizer(folder), config, speculation=True)
-    # Rows that cost nothing, so that every guess is tried.
-    guessing.engine.speculator.cost = StepCost((CostPoint(1, 1.0), CostPoint(1024, 1.0)))
+    always_draft(guessing.engine, monkeypatch)
     accepted = 0
     for epoch in range(3):  # the last with new weights, for which old completions are worse guesses
         if epoch == 2:

@@ -64,6 +64,7 @@ FREE = (
     "run.timeout_s",
     "rollout.workers",
     "rollout.kv_tokens",
+    "rollout.transport",
     "memory.*",
     "run.dump",
     "run.samples",
@@ -207,7 +208,7 @@ def _teacher(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Frozen 
 def _trained(
     recipe: RlRecipe, model: torch.nn.Module, settings: OptimSection, seed: int
 ) -> Trained:
-    keep(model, recipe.algorithm.micro_tokens)
+    keep(model, recipe.algorithm.micro_tokens, recipe.memory.budget_gb > 0)
     optimizer = AdamW(trained(model), settings, seed)
     return Trained(model, optimizer, Gradients(model.parameters()), settings.grad_clip)
 

@@ -54,6 +54,7 @@ class Experience:
     values: Tensor | None
     returns: Tensor | None
     advantages: Tensor
+    fresh_values: Tensor | None = None  # `values` with their graph, where one update uses them all
 
 
 def make_experience(
@@ -74,15 +75,17 @@ def make_experience(
     drawn = rollout_logprobs(rollouts)
     old = drawn if models.policy is None else models.policy(rollouts)
     ref = None if models.reference is None else models.reference(rollouts)
-    values = None if models.critic is None else models.critic(rollouts)
+    fresh = None if models.critic is None else models.critic(rollouts)
+    values = None if fresh is None else fresh.detach()
     kl = torch.zeros_like(old) if ref is None else old - ref
     in_reward = kl_coef if kl_place(settings) == "reward" else 0.0
     returns, advantages = _advantages(
         layout, group_ids(rollouts), scores, in_reward, kl, values, settings
     )
     return Experience(
-        rollouts, layout, rewards, scores, drawn, old, ref, values, returns, advantages
-    )
+        rollouts, layout, rewards, scores, drawn, old, ref, values, returns, advantages,
+        fresh if fresh is not None and fresh.requires_grad else None,
+    )  # fmt: skip
 
 
 def kl_place(settings: AlgorithmSection) -> str:

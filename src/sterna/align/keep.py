@@ -11,11 +11,15 @@ from sterna.model.layers import GatedLinear
 MOST_BYTES = 1 << 30
 
 
-def keep(model: nn.Module, micro_tokens: int) -> None:
-    """Keep freed blocks, and the sums of gated layers where a micro-batch of them is small."""
+def keep(model: nn.Module, micro_tokens: int, gives_back: bool = False) -> None:
+    """Keep freed blocks, and the sums of gated layers where a micro-batch of them is small.
+
+    `gives_back`: freed blocks go, so that a phase takes what it needs and no more.
+    """
     if next(model.parameters()).device.type != "cpu":
         return
-    keep_freed_memory()
+    if not gives_back:
+        keep_freed_memory()
     gated = [module for module in model.modules() if isinstance(module, GatedLinear)]
     size = sum(2 * module.out_features * module.weight.element_size() for module in gated)
     for module in gated:

@@ -170,13 +170,14 @@ class Learner:
                 if not float(weights.sum()):
                     continue  # nothing in it is trained
                 parts, micros = self._parts(experience, chosen, weights)
+                found = {}
+                if self.critic is not None:  # first: its graph may be there already, and then goes
+                    fresh = experience.fresh_values
+                    found = self._critic_step(self.critic, parts, micros, critic_lr, fresh)
                 if trains_policy:
-                    for name, value in self._policy_step(parts, micros, kl_coef, lr).items():
-                        logs[name].append(value)
-                if self.critic is not None:
-                    found = self._critic_step(self.critic, parts, micros, critic_lr)
-                    for name, value in found.items():
-                        logs[name].append(value)
+                    found |= self._policy_step(parts, micros, kl_coef, lr)
+                for name, value in found.items():
+                    logs[name].append(value)
         if experience.values is not None and experience.returns is not None:
             of = (experience.values, experience.returns, experience.layout.mask)
             logs["explained_variance"].append(explained_variance(*of))
@@ -261,14 +262,22 @@ class Learner:
         logs["approx_kl"] += float(found.approx_kl)
 
     def _critic_step(
-        self, critic: Trained, parts: Sequence[Part], micros: int, lr: float
+        self,
+        critic: Trained,
+        parts: Sequence[Part],
+        micros: int,
+        lr: float,
+        fresh: Tensor | None = None,
     ) -> dict[str, float]:
+        """`fresh`: the values of the only part with a graph, by the critic as it is."""
         logs: dict[str, float] = defaultdict(float)
         critic.gradients.begin(micros)
         for part in parts:
             assert part.values is not None, "a critic was asked"
             assert part.returns is not None, "a critic was asked"
-            values = values_of(critic.model, part.rollouts, self._device).cpu()
+            values = fresh
+            if values is None:
+                values = values_of(critic.model, part.rollouts, self._device).cpu()
             loss, share = value_loss(
                 values, part.values, part.returns, part.weights, self._settings.value_clip
             )

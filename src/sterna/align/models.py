@@ -13,7 +13,7 @@ from sterna.align.adapted import without_adapter
 from sterna.align.config import RlRecipe
 from sterna.align.engines import RolloutEngine
 from sterna.align.experience import Models
-from sterna.align.learner import Learner, values_of
+from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.memory.away import Frozen
 from sterna.align.rollout import Rollout
 from sterna.align.score import completion_logprobs, micro_batches
@@ -49,7 +49,7 @@ def make_models(
     return Models(
         policy=None if is_exact(recipe, hybrid) else partial(scored, policy),
         reference=reference,
-        critic=None if critic is None else partial(_values, critic.model, recipe, device),
+        critic=None if critic is None else partial(_values, learner, critic, recipe, device),
     )
 
 
@@ -75,10 +75,19 @@ def logprobs_of(
     return torch.cat(found) if found else torch.zeros(0)
 
 
-@torch.no_grad()
 def _values(
-    critic: torch.nn.Module, recipe: RlRecipe, device: torch.device, rollouts: Sequence[Rollout]
+    learner: Learner,
+    critic: Trained,
+    recipe: RlRecipe,
+    device: torch.device,
+    rollouts: Sequence[Rollout],
 ) -> Tensor:
-    parts = micro_batches(rollouts, recipe.algorithm.micro_tokens)
-    found = [values_of(critic, part, device).cpu() for part in parts]  # type: ignore[arg-type]
+    """[N]. With the graph of its update where the step has one, of one micro-batch, on one rank:
+    the critic that is trained is the one that was asked, so its forward serves both.
+    """
+    settings = recipe.algorithm
+    parts = micro_batches(rollouts, settings.micro_tokens)
+    is_single = settings.epochs == settings.minibatches == len(parts) == learner.axis.size == 1
+    with torch.set_grad_enabled(is_single):
+        found = [values_of(critic.model, part, device).cpu() for part in parts]
     return torch.cat(found) if found else torch.zeros(0)

@@ -29,6 +29,7 @@ from sterna.align.rlresult import RlOutcome, RlResult
 from sterna.align.rlstate import RlCounters, restore, snapshot
 from sterna.align.rollout import Rollout
 from sterna.core.errors import CheckpointError, ConfigError, NonFiniteError, TrainError
+from sterna.core.heap import give_back_memory
 from sterna.core.log import get_logger
 from sterna.core.rundir import FolderLock
 from sterna.data.order import mix
@@ -165,6 +166,7 @@ class RlTrainer:
             experience = make_experience(
                 rollouts, rewards, self.parts.models, self.recipe.algorithm, self.parts.kl.coef
             )
+            self._give_back()
         if not len(experience.rollouts):
             raise TrainError(
                 f"step {self.counters.step + 1}: no completion is left to train on; every reward "
@@ -192,6 +194,7 @@ class RlTrainer:
             if self.parts.ema is not None:
                 self.parts.ema.update(self.parts.learner.policy.optimizer)
             self.parts.hybrid.publish()
+            self._give_back()
         self._step.learnt["learning_rate"] = lr
         self._adapt_kl(experience)
         self._step.is_learning, self._step.prompts_at = False, None
@@ -344,6 +347,11 @@ class RlTrainer:
             rewards = _joined(rewards, kept, fresh)
             self._step.drawn = [*self._step.drawn, *moved]
         return rollouts, rewards
+
+    def _give_back(self) -> None:
+        """A stated budget is held by the phases one by one: none keeps what it has freed."""
+        if self.recipe.memory.budget_gb and self.recipe.model.device == "cpu":
+            give_back_memory()
 
     def _adapt_kl(self, experience: Experience) -> None:
         if experience.ref_logprobs is None:

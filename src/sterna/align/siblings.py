@@ -42,38 +42,37 @@ class SiblingDrafter:
         """Tokens in memory."""
         return self._tree.num_tokens
 
-    def start(self, seq: Sequence) -> None:
-        """See Drafter. The group's first sample brings the whole prompt, the others its end."""
-        if seq in self._open:
-            return
-        text = self._tree.add(self._root)
-        prompt = seq.state.prompt
-        self._tree.extend(text, prompt if seq.index == 0 else prompt[-_CONTEXT:])
-        self._open[seq] = (text, 0)
-        self.extend(seq, seq.output)
-
-    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
-        """See Drafter."""
-        if seq in self._open:
-            text, seen = self._open[seq]
-            self._tree.extend(text, seq.output[seen:])
-            self._open[seq] = (text, len(seq.output))
-
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
         """See Drafter."""
         return [self._propose(*each) for each in zip(seqs, limits, strict=True)]
 
     def finish(self, seq: Sequence) -> None:
         """See Drafter: the completion stays for those to come."""
-        text, _ = self._open.pop(seq, (None, 0))
-        if text is not None:
-            self._finished.append(text)
+        if seq.output:
+            self._finished.append(self._follow(seq))
+        elif seq in self._open:
+            self._finished.append(self._open[seq][0])
+        self._open.pop(seq, None)
         while self._finished and self._tree.num_bytes > self._max_bytes:
             self._tree.remove(self._finished.popleft())
 
+    def _follow(self, seq: Sequence) -> int:
+        """Its text in the tree, up to date. The group's first sample brings the whole prompt, the
+        others its end.
+        """
+        text, seen = self._open.get(seq, (None, 0))
+        if text is None:
+            text = self._tree.add(self._root)
+            prompt = seq.state.prompt
+            self._tree.extend(text, prompt if seq.index == 0 else prompt[-_CONTEXT:])
+        self._tree.extend(text, seq.output[seen:])
+        self._open[seq] = (text, len(seq.output))
+        return text
+
     def _propose(self, seq: Sequence, limit: int) -> Draft | None:
-        if limit <= 0 or seq not in self._open:
+        if limit <= 0:
             return None
+        self._follow(seq)
         context = seq.output[-_CONTEXT:]
         if len(context) < _CONTEXT:
             context = seq.state.prompt[len(context) - _CONTEXT :].tolist() + context

@@ -27,10 +27,6 @@ from sterna.engine.verify import Draw
 class Listener(Protocol):
     """Learns what sequences gain."""
 
-    def start(self, seq: Sequence) -> None:
-        """`seq` is about to get its first token."""
-        ...
-
     def extend(self, seq: Sequence, tokens: list[int], num_drafts: int, row: int) -> None:
         """`seq` has gained `tokens`: accepted ones of `num_drafts` drafts, and one more.
 
@@ -78,9 +74,8 @@ class Committer:
         for chunk, error in forward.failed:
             self.fail(chunk.seq, error)
 
-    def append(self, draws: list[Draw], chosen: list[list[Sampled]]) -> int:
-        """Give every draw its tokens; end the samples that are complete. Returns their number."""
-        num_tokens = 0
+    def append(self, draws: list[Draw], chosen: list[list[Sampled]]) -> None:
+        """Give every draw its tokens; end the samples that are complete."""
         for draw in draws:
             if draw.parent is not None:
                 self._scheduler.add_fork(draw.parent, draw.seq)
@@ -89,15 +84,11 @@ class Committer:
             seq = draw.seq
             if seq.state.first_token is None and choices[0].error is None:
                 seq.state.first_token = now
-            if self._listener is not None and not seq.output:
-                self._listener.start(seq)
             deltas, error = _push_all(seq, choices)
-            num_tokens += len(deltas)
             if deltas:
                 self._keep_tokens(draw, deltas)
             if error is not None:
                 self.fail(seq, error)
-        return num_tokens
 
     def restart(self, seq: Sequence) -> None:
         """Compute a sequence anew whose cache is damaged behind its tokens."""

@@ -261,17 +261,19 @@ class Engine:
         if tables.copies:
             self.runner.copy_blocks(tables.copies)
             tables.copies.clear()
+        begun = time.monotonic()
         forward = run_isolated(self._run, step.chunks)
+        forward_s = time.monotonic() - begun
         draws = self._committer.draws(forward)
         self._committer.advance(forward)
         self._committer.end_without_tokens([d for d in draws if not d.seq.state.max_output])
         draws = [draw for draw in draws if draw.seq.state.max_output]
         if self.speculator is not None:
             self.speculator.see(forward.logits.hidden)
-        num_tokens = self._committer.append(draws, choose_isolated(forward.logits.values, draws))
+        self._committer.append(draws, choose_isolated(forward.logits.values, draws))
         self._restart_tainted(forward.logits, draws)
         if self.speculator is not None:
-            self.speculator.note_step(step, num_tokens, time.monotonic() - started)
+            self.speculator.note_step(step, time.monotonic() - started, forward_s)
         self._report(step, started)
 
     def _run(self, chunks: Sequence[Chunk]) -> Logits:

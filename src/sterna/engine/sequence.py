@@ -122,6 +122,11 @@ class Sequence:
         return self.num_prompt_tokens + len(self.output) - self.num_computed
 
     @property
+    def num_left(self) -> int:
+        """Tokens that it may still generate."""
+        return self.state.max_output - len(self.output)
+
+    @property
     def is_ready(self) -> bool:
         """False while the grammar compiles: the scheduler skips such a sequence."""
         return self.state.grammar is None

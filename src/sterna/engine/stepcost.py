@@ -26,6 +26,8 @@ DRAFTED_WEIGHT = 0.05
 # the shape may go.
 CLIP: Final = 1.5
 MAX_SHAPE: Final = 4.0
+# So many steps are taken into account at once.
+SHAPE_EVERY: Final = 8
 # Steps of a size before its shape is taken for known.
 KNOWN: Final = 64.0
 
@@ -55,14 +57,19 @@ class StepCost:
         self._learned = [1.0] * len(points)
         self._shape = [1.0] * len(points)  # `_learned`, so that no size costs less than a smaller
         self._seen = [0.0] * len(points)
+        self._num_notes = 0
+        self._lines: dict[int, tuple[float, float]] = {}  # by rows: `unlevelled` is linear in keys
 
     def seconds(self, num_rows: int, num_keys: int) -> float:
         """Of a step whose rows read `num_keys` keys in all."""
-        num_rows = max(num_rows, 1)
-        per_row_key = _at(self._per_key, num_rows) / num_rows
-        i, j, share = self._place(num_rows)
-        shape = (1 - share) * self._shape[i] + share * self._shape[j]
-        return self.level * shape * (_at(self._base, num_rows) + per_row_key * num_keys)
+        return self.level * self.unlevelled(num_rows, num_keys)
+
+    def unlevelled(self, num_rows: int, num_keys: int) -> float:
+        """`seconds` at level 1."""
+        line = self._lines.get(num_rows)
+        if line is None:
+            line = self._lines[num_rows] = self._line_of(max(num_rows, 1))
+        return line[0] + line[1] * num_keys
 
     def note(
         self, num_rows: int, num_keys: int, seconds: float, *, has_drafts: bool = False
@@ -78,7 +85,10 @@ class StepCost:
             learned = self._learned[at] * (1 + rate * weight * excess)
             self._learned[at] = min(max(learned, 1 / MAX_SHAPE), MAX_SHAPE)
             self._seen[at] += weight
-        self._shape_up()
+        self._num_notes += 1
+        if self._num_notes % SHAPE_EVERY == 0:
+            self._shape_up()
+            self._lines.clear()
 
     def departure(self) -> float:
         """How much dearer one size proved against another than was measured, at most; 1 = as
@@ -90,6 +100,12 @@ class StepCost:
     def line(self) -> str:
         """For the log."""
         return ", ".join(f"{p.num_rows}: {p.seconds * 1e3:.1f} ms" for p in self.points)
+
+    def _line_of(self, num_rows: int) -> tuple[float, float]:
+        """Seconds without keys, and a key's."""
+        i, j, share = self._place(num_rows)
+        shape = (1 - share) * self._shape[i] + share * self._shape[j]
+        return shape * _at(self._base, num_rows), shape * _at(self._per_key, num_rows) / num_rows
 
     def _place(self, num_rows: int) -> tuple[int, int, float]:
         """The measured sizes around: numbers of both, and the share of the second."""

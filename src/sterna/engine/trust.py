@@ -28,11 +28,11 @@ class SourceTrust:
         middles = [(i + 0.5) / NUM_BINS for i in range(NUM_BINS)]
         self._hits = [PRIOR_WEIGHT * p for p in middles]
         self._trials = [PRIOR_WEIGHT] * NUM_BINS
-        self._odds = [math.log(p / (1 - p)) for p in middles]
+        self._against = [(1 - p) / p for p in middles]
 
-    def log_odds(self, prob: float) -> float:
-        """Of a token announced with `prob`."""
-        return self._odds[_bin(prob)]
+    def against(self, prob: float) -> float:
+        """The odds against a token announced with `prob`."""
+        return self._against[_bin(prob)]
 
     def note(self, prob: float, is_hit: bool) -> None:
         """Take a verified token."""
@@ -40,7 +40,7 @@ class SourceTrust:
         self._hits[i] = self._hits[i] * MEMORY + is_hit
         self._trials[i] = self._trials[i] * MEMORY + 1
         share = (self._hits[i] + 0.25) / (self._trials[i] + 0.5)
-        self._odds[i] = math.log(share / (1 - share))
+        self._against[i] = (1 - share) / share
 
 
 class Trust:
@@ -50,12 +50,20 @@ class Trust:
         self._sources: dict[str, SourceTrust] = {}
         self._shifts: dict[object, float] = {}
 
-    def reach(self, key: object, source: str, probs: Sequence[float]) -> list[float]:
-        """P(token i and all before it are accepted), for each i. `key` names the sequence."""
-        table, shift = self._table(source), self._shifts.get(key, 0.0)
+    def reach(
+        self, key: object, source: str, probs: Sequence[float], least: float = 0.0
+    ) -> list[float]:
+        """P(token i and all before it are accepted), for each i as long as it is `least`.
+
+        `key` names the sequence.
+        """
+        against, shift = self._table(source).against, self._shifts.get(key, 0.0)
+        against_seq = math.exp(-shift)
         reached, found = 1.0, []
         for prob in probs:
-            reached *= 1 / (1 + math.exp(-(table.log_odds(prob) + shift)))
+            reached /= 1 + against(prob) * against_seq
+            if reached < least:
+                break
             found.append(reached)
         return found
 
@@ -63,7 +71,7 @@ class Trust:
         """Take what became of the first len(hits) tokens of a draft."""
         table, shift = self._table(source), self._shifts.get(key, 0.0)
         for prob, is_hit in zip(probs, hits, strict=False):
-            believed = 1 / (1 + math.exp(-(table.log_odds(prob) + shift)))
+            believed = 1 / (1 + table.against(prob) * math.exp(-shift))
             shift += STEP * (is_hit - believed)
             table.note(prob, is_hit)
         self._shifts[key] = min(max(shift, -MAX_SHIFT), MAX_SHIFT)
@@ -78,8 +86,11 @@ class Trust:
         self._shifts.pop(key, None)
 
     def _table(self, source: str) -> SourceTrust:
-        return self._sources.setdefault(source, SourceTrust())
+        found = self._sources.get(source)
+        if found is None:
+            found = self._sources[source] = SourceTrust()
+        return found
 
 
 def _bin(prob: float) -> int:
-    return min(max(int(prob * NUM_BINS), 0), NUM_BINS - 1)
+    return int(prob * NUM_BINS) if 0 <= prob < 1 else (NUM_BINS - 1 if prob >= 1 else 0)

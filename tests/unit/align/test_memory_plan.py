@@ -223,6 +223,24 @@ def test_more_takes_more(tmp_path):
     assert peak(algorithm={"micro_tokens": 64}, prompts={"max_tokens": 32}) < base
 
 
+def test_without_a_budget_freed_memory_is_counted_beside_the_cache(tmp_path):
+    made = recipe(tmp_path, **PPO)
+    stated = changed_recipe(made, {"memory.budget_gb": 1000.0})
+    kept, given = (needs_of(one, held_models(one)) for one in (made, stated))
+    most = max(given.of(name) for name in given.phases if name != "rollout")
+    cache = given.phases["rollout"]["KV cache"]
+    assert kept.of("rollout") == pytest.approx(most + cache) and kept.peak_phase == "rollout"
+    assert given.of("rollout") < kept.of("rollout")
+
+
+@pytest.mark.parametrize(("budget", "given"), [(0.0, 0), (50.0, 4)])
+def test_a_stated_budget_gives_freed_memory_back(tmp_path, monkeypatch, budget, given):
+    calls = []
+    monkeypatch.setattr("sterna.align.rltrainer.give_back_memory", lambda: calls.append(1))
+    align_rl(recipe(tmp_path, memory={"budget_gb": budget}, run={"steps": 2}), rewards=[Low()])
+    assert len(calls) == given  # after scoring and after training, each step
+
+
 def test_a_run_over_its_budget_stops_before_any_work(tmp_path):
     made = recipe(tmp_path, memory={"budget_gb": 0.01}, **PPO)
     with pytest.raises(ConfigError, match=r"does not fit into its memory: .*phase") as raised:
@@ -232,8 +250,9 @@ def test_a_run_over_its_budget_stops_before_any_work(tmp_path):
 
 
 def tight(made: RlRecipe) -> float:
-    """GB a little under what the recipe takes as it is."""
-    return (plan_rl(made, Budget(1e12)).peak - 1e5) / 1e9
+    """GB a little under what the recipe takes as it is, giving back what it frees."""
+    stated = changed_recipe(made, {"memory.budget_gb": 1000.0})
+    return (plan_rl(stated, Budget(1e12)).peak - 1e5) / 1e9
 
 
 def test_a_run_adapts_loudly_and_resumes_as_it_was(tmp_path, caplog):

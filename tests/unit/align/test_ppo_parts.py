@@ -14,6 +14,7 @@ from tests.unit.align.runs import Low, recipe, tiny
 
 from sterna.align import config
 from sterna.align.config import RlRecipe
+from sterna.align.learner import values_of
 from sterna.align.replay import replay
 from sterna.align.rl import align_rl
 from sterna.align.rlhooks import RlHook
@@ -110,6 +111,26 @@ def test_average_and_critic_are_left_beside_the_model(tmp_path):
     critic = load_value_model(tmp_path / "run/critic", "float32")
     assert torch.equal(critic.score, parts.learner.critic.model.score)
     assert (tmp_path / "run/ema/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_forward_of_the_critic_serves_values_and_update(tmp_path, monkeypatch, shared):
+    """Where a step is one update of one micro-batch: the same bits as two forwards."""
+    extra = {"adapter": {"rank": 4}, "critic": {"shared": True}} if shared else {}
+    asked, found = values_of, []
+    for is_once in (True, False):
+        folder = tmp_path / str(is_once)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            if is_once:  # the learner's own forward would be a second one
+                patch.setattr("sterna.align.learner.values_of", None)
+            else:
+                patch.setattr("sterna.align.models.values_of", lambda *a: asked(*a).detach())
+            align_rl(recipe(folder, algorithm=PPO, **extra), rewards=[Low()])
+        keys = ("value_loss", "value_grad_norm", "grad_norm", "loss", "reward")
+        found.append([[line[key] for key in keys] for line in lines(folder)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][2]
 
 
 def test_an_adapters_average_is_an_adapter(tmp_path):

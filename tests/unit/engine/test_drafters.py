@@ -35,9 +35,9 @@ class SimpleState(SimpleNamespace):
         return self is other
 
 
-def commit(drafter, seq, tokens):
+def commit(seq, tokens):
+    """The drafter is not told; it reads it when it is asked."""
     seq.output.extend(tokens)
-    drafter.extend(seq, tokens)
 
 
 def one(drafter, seq, limit=8):
@@ -63,8 +63,7 @@ def test_expected_accepted_tokens_sum_over_prefixes():
 def test_what_followed_in_the_prompt_is_drafted(make, tree_kind):
     drafter = make()
     seq = FakeSeq([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    drafter.start(seq)
-    commit(drafter, seq, [3])
+    commit(seq, [3])
     draft = one(drafter, seq, 4)
     assert draft.tokens == [4, 5, 6, 7][: len(draft.tokens)]
     assert draft.tokens
@@ -80,30 +79,22 @@ def test_unseen_text_gives_no_draft_and_unknown_sequences_are_ignored(make, tree
     drafter = make()
     seq = FakeSeq(range(20))
     assert one(drafter, seq) is None
-    commit(drafter, seq, [50])
+    commit(seq, [50])
     drafter.finish(seq)
-    drafter.start(seq)
-    assert one(drafter, seq) is None
-    drafter.finish(seq)
+    drafter.finish(FakeSeq([1]))
     assert one(drafter, seq) is None
 
 
 @pytest.mark.parametrize("make", [SuffixDrafter, NgramDrafter])
-def test_start_is_idempotent_and_takes_output_once(make, tree_kind):
-    """After a preemption `start` comes again; a fork may start with output already there."""
-    prompt = [1, 2, 3, 4, 5, 6]
-    twice, once = make(), make()
-    seqs = [FakeSeq(prompt), FakeSeq(prompt)]
-    for drafter, seq in zip((twice, once), seqs, strict=True):
-        drafter.start(seq)
-        commit(drafter, seq, [9, 1, 2])
-    twice.start(seqs[0])
-    late, seq = make(), FakeSeq(prompt)
-    seq.output = [9, 1, 2]
-    late.start(seq)
-    expected = one(once, seqs[1])
-    assert one(twice, seqs[0]) == expected == one(late, seq)
-    assert expected.tokens[0] == 3
+def test_who_was_not_asked_knows_as_much_when_it_is(make, tree_kind):
+    often, late = make(), make()
+    seq, same = FakeSeq([1, 2, 3, 4, 5, 6]), FakeSeq([1, 2, 3, 4, 5, 6])
+    for token in (9, 1, 2):
+        commit(seq, [token])
+        said = one(often, seq)
+    commit(same, seq.output)
+    assert one(often, seq) == said == one(late, same)
+    assert said.tokens[0] == 3
 
 
 def test_longer_matches_are_believed_more_and_draft_longer(tree_kind):
@@ -111,8 +102,7 @@ def test_longer_matches_are_believed_more_and_draft_longer(tree_kind):
     text = list(range(100, 140))
     short, long = FakeSeq([*text, 1, 2, 3]), FakeSeq([*text, 1, 2, 3])
     for seq, tail in ((short, text[10:12]), (long, text[4:12])):
-        drafter.start(seq)
-        commit(drafter, seq, tail)
+        commit(seq, tail)
     few, many = one(drafter, short, 32), one(drafter, long, 32)
     assert few.tokens == text[12 : 12 + len(few.tokens)]
     assert len(few.tokens) < len(many.tokens)
@@ -123,13 +113,11 @@ def test_outputs_of_others_are_drafted_only_within_a_tenant(tree_kind):
     drafter = SuffixDrafter()
     answer = [11, 12, 13, 14, 15, 16, 17]
     first = FakeSeq([1, 2], "a")
-    drafter.start(first)
-    commit(drafter, first, answer)
+    commit(first, answer)
     drafter.finish(first)
     same, other = FakeSeq([3, 4], "a"), FakeSeq([3, 4], "b")
     for seq in (same, other):
-        drafter.start(seq)
-        commit(drafter, seq, answer[:4])
+        commit(seq, answer[:4])
     ours, theirs = drafter.propose([same, other], [3, 3])
     assert ours.tokens == answer[4 : 4 + len(ours.tokens)]
     assert theirs is None
@@ -139,12 +127,10 @@ def test_outputs_of_others_are_drafted_only_within_a_tenant(tree_kind):
 def test_prompts_of_others_are_never_drafted(tree_kind):
     drafter = SuffixDrafter()
     secret = FakeSeq([21, 22, 23, 24, 25])
-    drafter.start(secret)
-    commit(drafter, secret, [1])
+    commit(secret, [1])
     drafter.finish(secret)
     prying = FakeSeq([5])
-    drafter.start(prying)
-    commit(drafter, prying, [21, 22, 23])
+    commit(prying, [21, 22, 23])
     assert one(drafter, prying) is None
 
 
@@ -152,14 +138,12 @@ def test_samples_of_a_request_see_each_other_and_its_prompt(tree_kind):
     drafter = SuffixDrafter(max_bytes=0)
     first = FakeSeq([1, 2, 3, 4, 5])
     second = FakeSeq([], state=first.state)
-    drafter.start(first)
-    drafter.start(second)
-    commit(drafter, first, [31, 32, 33, 34])
-    commit(drafter, second, [31, 32])
-    assert one(drafter, second, 2).tokens == [33, 34]
+    commit(first, [31, 32, 33, 34])
+    commit(second, [31, 32])
+    assert drafter.propose([first, second], [2, 2])[1].tokens == [33, 34]
     drafter.finish(first)
     assert one(drafter, second, 2).tokens == [33, 34]
-    commit(drafter, second, [2, 3])
+    commit(second, [2, 3])
     assert one(drafter, second, 2).tokens[0] == 4
     drafter.finish(second)
     assert drafter.num_bytes == 0
@@ -173,15 +157,13 @@ def test_past_outputs_stay_within_their_memory_oldest_first_out():
     answers = [[rng.randrange(1000) for _ in range(200)] for _ in range(60)]
     for i, answer in enumerate(answers):
         seq = FakeSeq([1], f"tenant {i % 3}")
-        drafter.start(seq)
-        commit(drafter, seq, answer)
+        commit(seq, answer)
         drafter.finish(seq)
         assert drafter.num_bytes <= limit
     drafter.check_integrity()
     known = []
     for i, answer in enumerate(answers):
         seq = FakeSeq(answer[:8], f"tenant {i % 3}")
-        drafter.start(seq)
         draft = one(drafter, seq, 2)
         known.append(draft is not None and draft.tokens == answer[8:10])
         drafter.finish(seq)
@@ -195,8 +177,7 @@ def test_an_output_too_large_for_the_memory_does_no_lasting_harm():
     drafter = SuffixDrafter(max_bytes=100_000)
     for size in (20_000, 50):
         seq = FakeSeq([1])
-        drafter.start(seq)
-        commit(drafter, seq, list(range(size)))
+        commit(seq, list(range(size)))
         drafter.finish(seq)
     assert drafter.num_past_tokens == 50
 
@@ -206,18 +187,15 @@ def test_past_outputs_survive_a_restart(tmp_path, tree_kind):
     drafter = SuffixDrafter(path=path, identity="model a")
     for salt, answer in (("a", [1, 2, 3, 4, 5]), ("b", [6, 7, 8, 9]), ("a", [])):
         seq = FakeSeq([0], salt)
-        drafter.start(seq)
-        commit(drafter, seq, answer)
+        commit(seq, answer)
         drafter.finish(seq)
     drafter.save()
     assert path.stat().st_mode & 0o077 == 0, "answers of users are readable by others"
     again = SuffixDrafter(path=path, identity="model a")
     assert again.num_past_tokens == 9
     seq = FakeSeq([1, 2, 3], "a")
-    again.start(seq)
     assert one(again, seq, 1).tokens == [4]
     other = FakeSeq([1, 2, 3], "b")
-    again.start(other)
     assert one(again, other, 1) is None
     again.check_integrity()
 
@@ -279,10 +257,9 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch, caplog):
 def test_the_ngram_drafter_takes_the_longest_match_and_of_equals_the_latest():
     drafter = NgramDrafter(1, 3)
     seq = FakeSeq([1, 2, 3, 50, 9, 3, 60, 8, 3, 70, 1, 2])
-    drafter.start(seq)
-    commit(drafter, seq, [3])
+    commit(seq, [3])
     assert one(drafter, seq, 1) == Draft([50], [0.75], "ngram")
-    commit(drafter, seq, [99, 3])
+    commit(seq, [99, 3])
     assert one(drafter, seq, 2).tokens == [99, 3]
     with pytest.raises(ValueError, match="min_n"):
         NgramDrafter(3, 2)

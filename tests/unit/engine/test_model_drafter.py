@@ -40,8 +40,6 @@ def new_seq(harness):
 def test_drafts_are_the_models_greedy_text_whatever_was_rejected(new_drafter, new_seq, greedy):
     drafter, rng = new_drafter(), random.Random(0)
     seqs = [new_seq(range(n)) for n in (3, 20, 40)]
-    for seq in seqs:
-        drafter.start(seq)
     for _ in range(12):
         limits = [rng.randrange(6) for _ in seqs]
         drafts = drafter.propose(seqs, limits)
@@ -50,19 +48,15 @@ def test_drafts_are_the_models_greedy_text_whatever_was_rejected(new_drafter, ne
             assert (draft.tokens if draft else []) == greedy(text, limit, False)
             kept = draft.tokens[: rng.randrange(limit + 1)] if draft else []
             seq.output.extend([*kept, rng.randrange(90)])
-            drafter.extend(seq, seq.output)
         drafter.check_integrity()
     for seq in seqs:
         drafter.finish(seq)
         drafter.finish(seq)
     drafter.check_integrity()
-    assert drafter.propose(seqs, [4, 4, 4]) == [None] * 3
 
 
 def test_a_draft_ends_where_its_path_grows_unlikely(new_drafter, new_seq):
     seq, bold, shy = new_seq([1, 2, 3]), new_drafter(), new_drafter(min_prob=0.2)
-    for drafter in (bold, shy):
-        drafter.start(seq)
     (long,), (short,) = bold.propose([seq], [20]), shy.propose([seq], [20])
     count = len(short.tokens) if short else 0
     path = 1.0
@@ -75,8 +69,6 @@ def test_a_draft_ends_where_its_path_grows_unlikely(new_drafter, new_seq):
 def test_a_long_prompt_is_computed_over_several_proposals(new_drafter, new_seq, greedy):
     prompt = [i % 90 for i in range(MAX_CATCH_UP + 100)]
     seq, other, drafter = new_seq(prompt), new_seq([5, 6]), new_drafter()
-    drafter.start(seq)
-    drafter.start(other)
     first, second = drafter.propose([seq, other], [2, 2])
     assert first is None
     assert second.tokens == greedy([5, 6], 2, False)
@@ -86,8 +78,6 @@ def test_a_long_prompt_is_computed_over_several_proposals(new_drafter, new_seq, 
 def test_without_blocks_or_positions_there_is_no_draft(new_drafter, new_seq):
     drafter = new_drafter(num_blocks=4)  # 3 that can be held
     first, second = new_seq([1] * 2 * BLOCK_SIZE), new_seq([2] * 2 * BLOCK_SIZE)
-    for seq in (first, second):
-        drafter.start(seq)
     drafts = drafter.propose([first, second], [2, 2])
     assert drafts[0] is not None
     assert drafts[1] is None
@@ -95,7 +85,6 @@ def test_without_blocks_or_positions_there_is_no_draft(new_drafter, new_seq):
     assert drafter.propose([second], [2])[0] is not None
     longest = new_seq([3] * 500)  # the model has 512 positions
     roomy = new_drafter()
-    roomy.start(longest)
     roomy.propose([longest], [32])
     (draft,) = roomy.propose([longest], [32])
     assert len(draft.tokens) == 13  # the last one's own position is the 513th: not computed

@@ -225,7 +225,7 @@ def test_opt_in(harness, monkeypatch, greedy):
         assert (len(h.decoder.steps) - num < 10) == (asked is True)
 
 
-@pytest.mark.parametrize("method", ["start", "extend", "propose", "finish"])
+@pytest.mark.parametrize("method", ["propose", "finish"])
 def test_a_failing_drafter_loses_only_its_drafts(harness, monkeypatch, greedy, method):
     bad = Scripted({}, "right", VOCAB)
     good = Scripted({("a", 0): greedy(TEXT, 40, False)}, "right", VOCAB)

@@ -11,6 +11,9 @@ the largest of
     saving      the copy that a background write reads (`checkpoint.is_async`); it may live on into
                 the next step, so it is added to all of the others
 
+Without a stated budget a process on a CPU keeps what it has freed (keep.py), so its rollouts have
+the largest other phase beside them; with one freed memory is given back between phases.
+
 Held the whole time: weights, optimizer states, averages, frozen models, the rollout copy, the
 engine's buffers, the rollouts themselves (also those queued by `staleness`). Processes of
 `rollout.workers` are counted with the machine they share. Of the KV cache (2 b G C bytes a layer
@@ -79,6 +82,9 @@ def needs_of(recipe: RlRecipe, models: Sequence[Held], *, has_full_prompts: bool
     }
     if critic is not None:
         phases["critic"] = update_parts(critic, load, has_head=False)
+    if not (load.is_gpu or recipe.memory.budget_gb):  # freed memory stays (keep.py)
+        most = max(sum(parts.values()) for name, parts in phases.items() if name != "rollout")
+        phases["rollout"]["freed, not given back"] = most
     host = _waiting(models, "host")
     if load.is_gpu:
         host |= copy

@@ -6,6 +6,7 @@ of how likely its tokens are, and `speculate` weighs that against the price of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -35,39 +36,41 @@ class ReadsHidden(Protocol):
     """A drafter that also wants the target's hidden states.
 
     `num_drafts`: tokens of its longest draft. Where others have promised as many it is not asked.
+    `observes`: it wants the states of all tokens, asked or not.
     """
 
     num_drafts: int
+    observes: bool
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
-        """[tokens, D]: the final normed states that the tokens of the next `extend` were drawn
-        from; the memory is the engine's and good for this call only.
+    def read(self, hidden: Tensor | None, rows: Mapping[Sequence, int]) -> None:
+        """Before a proposal: row `rows[seq]` of `hidden` [R, D] is the final normed state that the
+        last token of `seq` was drawn from. Good for that proposal only; sequences that were not
+        in the last step have no row.
 
         Preemption, prefix hits, chunked prompts and forks change nothing: a token is always drawn
         from a state, and that is the one.
         """
 
+    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+        """[tokens, D]: the states that the tokens were drawn from with which `seq.output` now ends;
+        the memory is the engine's and good for this call only.
+        """
+
 
 class Drafter(Protocol):
-    """Proposes drafts. Called from the engine thread only; one drafter serves one engine."""
+    """Proposes drafts. Called from the engine thread only; one drafter serves one engine.
+
+    Nobody tells it what sequences gain: it reads that from `seq.output` when it is asked, and does
+    nothing for as long as it is not.
+    """
 
     name: str
-
-    def start(self, seq: Sequence) -> None:
-        """A sequence joined; its prompt is known. Also called after preemption: idempotent."""
-
-    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
-        """`tokens` were committed to the sequence's output, in order, after `start`.
-
-        `seq.output` already holds them. A token reaches `extend` exactly once, also across
-        preemptions.
-        """
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
         """One draft a sequence, of 1 to `limits[i]` tokens; None where there is nothing to say.
 
-        Changes no state that a later proposal depends on. A limit of 0 gives None.
+        A sequence that it has not seen is new to it. A limit of 0 gives None.
         """
 
     def finish(self, seq: Sequence) -> None:
-        """The sequence ended (also by abort): forget it. Unknown sequences are ignored."""
+        """The sequence ended (also by abort): forget it. It may never have been proposed for."""

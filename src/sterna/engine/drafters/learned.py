@@ -1,8 +1,8 @@
 """Drafts from a small head on the target's own hidden states (model/speculator.py).
 
-The engine hands over the state that each committed token was drawn from; nothing is computed
-twice. All sequences are drafted in one batch, and all drafts of a proposal are one captured step
-(draft_step.py).
+The engine's last step holds the state that each sequence's last token was drawn from; nothing is
+computed twice, and nothing copied while nobody asks. All sequences are drafted in one batch, and
+all drafts of a proposal are one captured step (draft_step.py).
 
 A head says of each token how likely it is by its own softmax. Every committed token tells whether
 the last proposal was right at its place, verified or not, and a factor a place corrects what is
@@ -11,9 +11,10 @@ announced: a head that was trained on the text's own tokens believes too much in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class PlaceFactors:
         self._announced[place] = self._announced[place] * MEMORY + prob
 
 
+class Said(NamedTuple):
+    """A proposal: the place in the output that it began at."""
+
+    place: int
+    tokens: list[int]
+    probs: list[float]
+
+
 class LearnedDrafter:
     """See the module docstring. `name` is the cell's: "mlp" or "lstm".
 
@@ -72,39 +81,36 @@ class LearnedDrafter:
         self.step = DraftStep(speculator, decoder, max_num_seqs, replay)
         self.learner = learner
         self._max_seqs = max_num_seqs
-        self._states: dict[Sequence, Tensor] = {}  # the state of each one's last token, [D]
-        self._said: dict[Sequence, tuple[list[int], list[float]]] = {}
+        self._hidden: Tensor | None = None
+        self._rows: Mapping[Sequence, int] = {}
+        self._said: dict[Sequence, Said] = {}
         self._factors = PlaceFactors(speculator.config.num_drafts)
 
-    def start(self, seq: Sequence) -> None:
-        """See Drafter: nothing is known before the first token."""
+    @property
+    def observes(self) -> bool:
+        """See ReadsHidden: what it learns from."""
+        return self.learner is not None
+
+    def read(self, hidden: Tensor | None, rows: Mapping[Sequence, int]) -> None:
+        """See ReadsHidden."""
+        self._hidden, self._rows = hidden, rows
 
     def observe(self, seq: Sequence, hidden: Tensor) -> None:
         """See ReadsHidden."""
-        self._states[seq] = hidden[-1].clone()
         if self.learner is not None:
             self.learner.observe(seq, hidden)
-
-    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
-        """See Drafter."""
-        said = self._said.pop(seq, None)
-        if said is None:
-            return
-        for place, (token, prob, right) in enumerate(zip(*said, tokens, strict=False)):
-            self._factors.note(place, prob, token == right)
-            if token != right:
-                break
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
         """See Drafter."""
         if self.learner is not None:
             self.learner.take_update(self.step.load)
         found: list[Draft | None] = [None] * len(seqs)
-        wanted = [i for i, s in enumerate(seqs) if limits[i] > 0 and s in self._states]
+        wanted = [i for i, s in enumerate(seqs) if limits[i] > 0 and s in self._rows]
         for begin in range(0, len(wanted), self._max_seqs):
             some = wanted[begin : begin + self._max_seqs]
             for i, tokens, probs in zip(some, *self._draft([seqs[i] for i in some]), strict=True):
-                self._said[seqs[i]] = (tokens, probs)
+                self._check(seqs[i])
+                self._said[seqs[i]] = Said(len(seqs[i].output), tokens, probs)
                 count = limits[i]
                 announced = self._factors.corrected(probs[:count])
                 found[i] = Draft(tokens[:count], announced, self.name)
@@ -112,16 +118,30 @@ class LearnedDrafter:
 
     def finish(self, seq: Sequence) -> None:
         """See Drafter."""
-        self._states.pop(seq, None)
-        self._said.pop(seq, None)
+        self._check(seq)
         if self.learner is not None:
             self.learner.finish(seq)
+
+    def _check(self, seq: Sequence) -> None:
+        """What became of the last proposal, verified or not."""
+        said = self._said.pop(seq, None)
+        if said is None:
+            return
+        right = seq.output[said.place : said.place + len(said.tokens)]
+        for place, (token, prob) in enumerate(
+            zip(said.tokens[: len(right)], said.probs, strict=False)
+        ):
+            self._factors.note(place, prob, token == right[place])
+            if token != right[place]:
+                break
 
     @torch.inference_mode()
     def _draft(self, seqs: list[Sequence]) -> tuple[list[list[int]], list[list[float]]]:
         """Each sequence's tokens and probabilities."""
+        assert self._hidden is not None, "there are rows"
         inputs, count = self.step.inputs, len(seqs)
-        torch.stack([self._states[seq] for seq in seqs], out=inputs.hidden[:count])
+        rows = torch.tensor([self._rows[seq] for seq in seqs], device=self._hidden.device)
+        torch.index_select(self._hidden, 0, rows, out=inputs.hidden[:count])
         inputs.tokens[:count] = torch.tensor([seq.output[-1] for seq in seqs], dtype=torch.int32)
         tokens, probs = self.step.run(count)
         return tokens.T.tolist(), probs.T.tolist()

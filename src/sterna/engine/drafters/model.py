@@ -124,25 +124,12 @@ class ModelDrafter:
         )
         self._shadows: dict[Sequence, Sequence] = {}
 
-    def start(self, seq: Sequence) -> None:
-        """See Drafter."""
-        if seq in self._shadows:
-            return
-        offset = self._decoder.rope_row_offset(seq.num_prompt_tokens + seq.state.max_output)
-        state = replace(seq.state, sequences=[], rope_offset=offset, prompt_logprobs=None)
-        shadow = Sequence(state, seq.index, seq.plan, seq.stop, seq.order)
-        shadow.table = np.zeros(self._max_blocks, np.int32)
-        self._shadows[seq] = shadow
-
-    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
-        """See Drafter: the shadow follows at the next proposal."""
-
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
         """See Drafter."""
         growing = [
-            Growing(seq, self._shadows[seq], limit, Draft([], [], self.name))
+            Growing(seq, self._shadow_of(seq), limit, Draft([], [], self.name))
             for seq, limit in zip(seqs, limits, strict=True)
-            if limit > 0 and seq in self._shadows
+            if limit > 0
         ][: self._max_seqs]
         for each in growing:
             _follow(each.shadow, each.seq.output)
@@ -167,6 +154,16 @@ class ModelDrafter:
     def check_integrity(self) -> None:
         """Assert that every block is accounted for; for tests."""
         self._pool.check_integrity([shadow.blocks for shadow in self._shadows.values()])
+
+    def _shadow_of(self, seq: Sequence) -> Sequence:
+        shadow = self._shadows.get(seq)
+        if shadow is None:
+            offset = self._decoder.rope_row_offset(seq.num_prompt_tokens + seq.state.max_output)
+            state = replace(seq.state, sequences=[], rope_offset=offset, prompt_logprobs=None)
+            shadow = Sequence(state, seq.index, seq.plan, seq.stop, seq.order)
+            shadow.table = np.zeros(self._max_blocks, np.int32)
+            self._shadows[seq] = shadow
+        return shadow
 
     def _catch_up(self, shadow: Sequence, left: int) -> Chunk | None:
         """The first chunk of this proposal; it samples when nothing is left to compute after it."""

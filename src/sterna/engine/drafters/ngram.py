@@ -48,20 +48,6 @@ class NgramDrafter:
         self._max_n = max_n
         self._texts: dict[Sequence, Text] = {}
 
-    def start(self, seq: Sequence) -> None:
-        """See Drafter."""
-        if seq not in self._texts:
-            self._texts[seq] = Text()
-            self._texts[seq].append(seq.state.prompt.tolist(), self._min_n, self._max_n)
-            self.extend(seq, seq.output)
-
-    def extend(self, seq: Sequence, tokens: Seq[int]) -> None:
-        """See Drafter."""
-        text = self._texts.get(seq)
-        if text is not None:
-            text.append(seq.output[text.num_seen :], self._min_n, self._max_n)
-            text.num_seen = len(seq.output)
-
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft | None]:
         """See Drafter."""
         return [self._propose(seq, limit) for seq, limit in zip(seqs, limits, strict=True)]
@@ -71,9 +57,14 @@ class NgramDrafter:
         self._texts.pop(seq, None)
 
     def _propose(self, seq: Sequence, limit: int) -> Draft | None:
-        text = self._texts.get(seq)
-        if text is None or limit <= 0:
+        if limit <= 0:
             return None
+        text = self._texts.get(seq)
+        if text is None:
+            text = self._texts[seq] = Text()
+            text.append(seq.state.prompt.tolist(), self._min_n, self._max_n)
+        text.append(seq.output[text.num_seen :], self._min_n, self._max_n)
+        text.num_seen = len(seq.output)
         size = len(text.tokens)
         for n in range(min(self._max_n, size), self._min_n - 1, -1):
             end = text.ends.get(tuple(text.tokens[size - n :]))
