@@ -30,7 +30,7 @@ _TEMPERATURE = 0.9
 
 
 def warm(folder: Path, system: str) -> Values:
-    """The model after an epoch of its own sentences."""
+    """The model after two epochs of its own sentences."""
     path = folder / "sentences.jsonl"
     if not path.exists():
         rows = list(_rows(system))
@@ -76,7 +76,7 @@ def _recipe(folder: Path, path: Path) -> Recipe:
             "schedule": {"kind": "constant", "warmup_steps": 3},
             "run": {
                 "output": folder / "run",
-                "steps": 30,
+                "steps": 60,
                 "rows_per_step": 2,
                 "seed": 7,
                 "threads": 1,

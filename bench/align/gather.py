@@ -91,6 +91,14 @@ def judged(experiment: Experiment, run: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
+def _verdict(experiment: Experiment, name: str, run: Mapping[str, Any]) -> str:
+    """Of a reward to be fooled: when that was noticed."""
+    if name.startswith("hacking"):
+        found = [step for step, kind, _ in run["alarms"] if kind == "gold"]
+        return f"gold alarm at step {found[0]}" if found else "no gold alarm"
+    return "met" if all(judged(experiment, run).values()) else "missed"
+
+
 def table(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Start and end of every run, on held-out prompts; the end on trained ones in brackets."""
     figures = dict.fromkeys(
@@ -106,9 +114,9 @@ def table(experiment: Experiment, runs: Mapping[str, Mapping[str, Any]]) -> str:
             f"{first[f]:.3g} -> {last[f]:.3g}" + (f" ({trained[-1][f]:.3g})" if trained else "")
             for f in kept
         ]
-        verdict = "met" if all(judged(experiment, run).values()) else "missed"
         minutes = f"{last['cpu_minutes']:.1f}"
-        rows.append(f"| {name} | {run['steps']} | {minutes} | {' | '.join(cells)} | {verdict} |")
+        what = " | ".join([*cells, _verdict(experiment, name, run)])
+        rows.append(f"| {name} | {run['steps']} | {minutes} | {what} |")
     return "\n".join([*rows, *(f"target: {target}" for target in experiment.targets)])
 
 

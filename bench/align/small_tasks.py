@@ -38,10 +38,12 @@ def _walks_recipe(facts: Values, seed: int, variant: str) -> Values:
         "ppo": {"kind": "ppo", "epochs": 4, "minibatches": 1, "lam": 0.95},
         "grpo": {"kind": "grpo", "epochs": 4},
         "rloo": {"kind": "rloo", "epochs": 4},
+        "hacking": {"kind": "grpo", "epochs": 4},
     }[variant]
     prompts, group = (128, 1) if variant == "ppo" else (16, 8)
+    options = {"graph": seed, "pays_steps": int(variant == "hacking")}
     return {
-        "prompts": {"task": "walks", "options": {"graph": seed}, "max_tokens": 4, "seed": seed},
+        "prompts": {"task": "walks", "options": options, "max_tokens": 4, "seed": seed},
         "rollout": {"prompts_per_step": prompts, "group_size": group, "max_tokens": 10},
         "algorithm": algorithm,
         "optim": {"lr": 3e-4},
@@ -97,17 +99,17 @@ WALKS = Experiment(
     name="walks",
     about="shortest walks in a random graph of 21 nodes; 1 = every walk is a shortest one",
     steps=40,
-    variants=("ppo", "grpo", "rloo"),
+    variants=("ppo", "grpo", "rloo", "hacking"),
     prepare=_prepare_walks,
     recipe=_walks_recipe,
     probe=lambda: Probe(every=4, prompts=64, samples=8),
     targets=(Target("sampled/reward", 0.85),),
-    shown=("sampled/reward", "greedy/reward", "entropy"),
+    shown=("sampled/reward", "sampled/gold", "entropy"),
 )
 ARITHMETIC = Experiment(
     name="arithmetic",
     about="sums and differences of two numbers below 100, exact answers, problems never trained",
-    steps=150,
+    steps=200,
     variants=("grpo", "rloo"),
     prepare=_prepare_arithmetic,
     recipe=_arithmetic_recipe,

@@ -48,7 +48,7 @@ def _recipe(task: str, max_tokens: int, prompts: int, lr: float) -> Values:
 
 
 def _length_recipe(facts: Values, seed: int, variant: str) -> Values:
-    return _seeded(_recipe("length", 36, 4, 5e-5), seed)
+    return _seeded(_recipe("length", 36, 6, 2e-5), seed)
 
 
 def _format_recipe(facts: Values, seed: int, variant: str) -> Values:

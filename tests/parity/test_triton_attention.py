@@ -68,6 +68,20 @@ def check(kernels, shape, dtype, window, softcap):
     assert (d_qkv.double() - exact).abs().max() <= BACKWARD[dtype] * exact.abs().max()
 
 
+def test_shared_prefixes_are_read_through_it(kernels):
+    """A prefix of 20 rows, continued by 1 and by 30 others."""
+    from sterna.kernels.triton import backend
+
+    shape, draw = (4, 2, 16), torch.Generator().manual_seed(4)
+    qkv = torch.randn(51, 128, generator=draw)
+    starts = torch.tensor([0, 20, 21, 51], dtype=torch.int32)
+    rows = torch.tensor([*range(20), *range(21), *range(20), *range(21, 51)], dtype=torch.int32)
+    keys = (rows, torch.tensor([0, 20, 41, 91], dtype=torch.int32))
+    out = backend._shared_attention(qkv, starts, *keys, *shape, 0.25, 7, 0.0)
+    exact = reference.shared_attention(qkv.double(), starts, *keys, *shape, 0.25, 7, 0.0)
+    assert (out.double() - exact).abs().max() <= FORWARD[torch.float32] * exact.abs().max()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("window", "softcap"), CASES)
 def test_float32_equals_the_formula(kernels, shape, window, softcap):

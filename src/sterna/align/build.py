@@ -64,6 +64,7 @@ FREE = (
     "run.timeout_s",
     "rollout.workers",
     "rollout.kv_tokens",
+    "rollout.transport",
     "memory.*",
     "run.dump",
     "run.samples",

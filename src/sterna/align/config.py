@@ -106,6 +106,10 @@ class RolloutSection(Section):
         default=0, ge=0, le=64, description="processes beside the trainer's, on this machine, that "
         "make the completions; 0 = the trainer's own; the same tokens",
     )  # fmt: skip
+    transport: Literal["shared", "broadcast"] = Field(
+        default="shared", description="how weights reach `workers`: a mapped file of this machine, "
+        "or a gloo group",
+    )  # fmt: skip
     token_budget: int = Field(default=1024, gt=0, description="tokens of an engine step")
     kv_tokens: int = Field(
         default=0, ge=0, description="tokens the KV cache holds; 0 = what a step's rollouts need"

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from sterna.align.adapted import load_policy
+from sterna.align.carry import Room, carried
 from sterna.align.config import RlRecipe
 from sterna.align.hybrid import PACKED, POLICY, HybridEngine, Sampling
 from sterna.align.rollout import Rollout
 from sterna.align.rollout_engine import engine_config, rollout_weights
 from sterna.align.siblings import DraftCount
 from sterna.align.spawn import spawn
-from sterna.align.transport import SharedFile, WeightTransport
+from sterna.align.transport import WeightTransport
 from sterna.align.workers import WorkerGroup, everyone
 from sterna.core.machine import num_usable_cpus
 from sterna.kernels.device import set_threads
@@ -92,6 +93,10 @@ class EngineActor:
         """Where weights come from."""
         self._transport = transport
 
+    def join(self, room: Room, rank: int) -> None:
+        """Weights come by broadcast from the trainer, which is rank 0."""
+        self._transport = room.join(rank)
+
     def load(self, version: int) -> None:
         """Take the weights of a version. TransportError where they are not that."""
         assert self._transport is not None, "connected first"
@@ -114,35 +119,6 @@ class EngineActor:
     def close(self) -> None:
         """The engine's."""
         self._hybrid.close()
-
-
-class Carried:
-    """Shows ranks a version by a transport: they hold copies of the trainer's weights."""
-
-    def __init__(
-        self, transport: WeightTransport, receiver: WeightTransport, weights: Mapping[str, Tensor]
-    ) -> None:
-        """`transport` sends `weights`, the trainer's; every rank receives by `receiver`."""
-        self._transport = transport
-        self._receiver: WeightTransport | None = receiver
-        self._weights = weights
-
-    def __call__(self, group: WorkerGroup, version: int) -> None:
-        """TransportError, WorkerError."""
-        if self._receiver is not None:
-            everyone(group, "connect", self._receiver)
-            self._receiver = None
-        if self._transport.is_collective:
-            group.start("load", [(version,)] * group.size)
-            self._transport.send(self._weights, version)
-            group.finish()
-        else:
-            self._transport.send(self._weights, version)
-            everyone(group, "load", version)
-
-    def close(self) -> None:
-        """Close the sender."""
-        self._transport.close()
 
 
 class Show(Protocol):
@@ -244,9 +220,8 @@ def make_engine(recipe: RlRecipe, policy: Decoder, tokenizer: Tokenizer) -> Roll
     group = spawn(
         "sterna.align.engines:engine_actor", [args] * rollout.workers, recipe.run.timeout_s, threads
     )
-    transport = SharedFile()
     weights = dict(trained(policy))  # of an adapted policy the adapter alone
-    show = Carried(transport, SharedFile(transport.path), weights)
+    show = carried(rollout.transport, weights, rollout.workers, recipe.run.timeout_s)
     return EngineGroup(group, show, kind in (POLICY, PACKED))
 
 

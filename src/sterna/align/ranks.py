@@ -36,7 +36,7 @@ from sterna.align.rlresult import RlResult
 from sterna.align.rltrainer import RlTrainer
 from sterna.align.rollout import Rollout
 from sterna.align.spawn import meet
-from sterna.align.transport import checksum
+from sterna.align.transport_checks import checksum
 from sterna.align.workers import RemoteGroup, WorkerGroup, everyone
 from sterna.core.errors import ConfigError, TransportError, WorkerError
 from sterna.core.machine import num_usable_cpus

@@ -5,7 +5,8 @@ proportion once arithmetic does. Beyond that knee a larger step adds latency and
 (FastGen, arXiv 2401.08671, section 3.2). So a few step sizes are timed at start and the smallest
 within 5% of the best tokens/s is the budget; the largest within 10% is that of steps that delay no
 decode.
-The result is kept under STERNA_HOME, by machine, model, dtype, threads and kernels.
+The result is kept under STERNA_HOME, by machine, model, dtype, threads and kernels, until a start
+finds that the machine was busy then; the lesser times of both measurements count from there on.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ NEAR_BEST = 0.95
 NEAR_BEST_IDLE = 0.9
 # After two sizes without a gain of 2% larger ones are not tried.
 PATIENCE, GAIN = 2, 1.02
+# A kept curve was measured on a busy machine if its smallest size now takes less than this share.
+CONTRADICTED, LOOKS = 0.8, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,19 @@ class StepCurve:
     def line(self) -> str:
         """For the log."""
         return ", ".join(f"{p.num_tokens}: {p.seconds * 1e3:.1f} ms" for p in self.points)
+
+    def is_contradicted(self, run: Callable[[int], None]) -> bool:
+        """Was the machine busy when this was measured? LOOKS runs of the smallest size tell."""
+        first = self.points[0]
+        now = min(_time(run, first.num_tokens) for _ in range(LOOKS))
+        return now < CONTRADICTED * first.seconds
+
+    def merged(self, other: StepCurve) -> StepCurve:
+        """The lesser time of every size either has."""
+        best: dict[int, float] = {}
+        for point in (*self.points, *other.points):
+            best[point.num_tokens] = min(point.seconds, best.get(point.num_tokens, math.inf))
+        return StepCurve(tuple(_points(dict(sorted(best.items())))))
 
 
 def choose_budget(curve: StepCurve, max_num_seqs: int) -> int:

@@ -164,12 +164,14 @@ def set_activations(decoder: Decoder | Encoder, config: EngineConfig) -> None:
 
 def tune_budget(engine: Engine, key: str) -> StepCurve:
     """Set the engine's budget from measured step times, kept ones if there are any."""
-    curve = load_curve(key)
+    kept = curve = load_curve(key)
     origin = "measured earlier"
-    if curve is None:
+    run = engine.runner.run_probe
+    if curve is None or curve.is_contradicted(run):
         origin = "measured now"
         longest = min(engine.limits.max_model_len, engine.limits.max_pool_tokens)
-        curve = measure_curve(engine.runner.run_probe, longest)
+        curve = measure_curve(run, longest)
+        curve = curve.merged(kept) if kept else curve
         save_curve(key, curve)
     budget = choose_budget(curve, engine.config.max_num_seqs)
     engine.set_token_budget(budget, curve.widest())

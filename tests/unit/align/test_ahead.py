@@ -126,14 +126,17 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         recipe(tmp_path, rollout=STALE, algorithm={"kind": "grpo", "dynamic_sampling": 1})
 
 
-@pytest.mark.parametrize(("staleness", "workers"), [(0, 2), (1, 2)])
-def test_processes_draw_what_one_would(tmp_path, staleness, workers):
+@pytest.mark.parametrize(
+    ("staleness", "workers", "transport"),
+    [(0, 2, "shared"), (1, 2, "shared"), (0, 2, "broadcast"), (1, 2, "broadcast")],
+)
+def test_processes_draw_what_one_would(tmp_path, staleness, workers, transport):
     """Beside the trainer's or in it, one step off or not: the same run to the bit."""
     kept = []
     for number in (0, workers):
         folder = tmp_path / str(number)
         folder.mkdir()
-        rollout = {"staleness": staleness, "workers": number}
+        rollout = {"staleness": staleness, "workers": number, "transport": transport}
         settings = {"every": 2, "prompts": 2}
         align_rl(recipe(folder, rollout=rollout, eval=settings), rewards=[Low()])
         kept.append([untimed(line) for line in lines(folder)])
@@ -148,12 +151,14 @@ class Kill(RlHook):
             os.kill(trainer.parts.hybrid._group._members[1].pid, signal.SIGKILL)
 
 
-def test_a_killed_worker_ends_the_run_and_loses_nothing(tmp_path):
+@pytest.mark.parametrize("transport", ["shared", "broadcast"])
+def test_a_killed_worker_ends_the_run_and_loses_nothing(tmp_path, transport):
     """The rest of the run, drawn by this process, goes on from the full queue to the bit."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     for folder in (cut, whole):
         folder.mkdir()
-    made = recipe(cut, rollout={"staleness": 1, "workers": 2}, run={"steps": 4})
+    rollout = {"staleness": 1, "workers": 2, "transport": transport}
+    made = recipe(cut, rollout=rollout, run={"steps": 4})
     with pytest.raises(WorkerError, match=r"rank 1 \(.*\) died of signal 9 in `"):
         align_rl(made, rewards=[Low()], hooks=[Kill()])
     names = sorted(path.name for path in (cut / "run" / "checkpoints").iterdir())

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sterna.align.transport import Broadcast, InPlace, SharedFile, checksum
+from sterna.align.broadcast import Broadcast
+from sterna.align.transport import InPlace, SharedFile
+from sterna.align.transport_checks import checksum
 from sterna.core.errors import TransportError
 from sterna.parallel.launch import LocalRanks
 

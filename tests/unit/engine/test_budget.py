@@ -17,6 +17,7 @@ from sterna.engine.budget import (
     measure_curve,
     save_curve,
 )
+from sterna.engine.build import tune_budget
 from sterna.engine.request import StepStats
 from sterna.engine.stats import MAX_WAIT_S, RetrySlots, SpeedMeter
 
@@ -73,6 +74,27 @@ def test_a_kept_curve_is_found_again_and_a_damaged_one_is_not(tmp_path, monkeypa
     for damage in ("{", "[]", json.dumps({"points": [{"num_tokens": 0, "seconds": 1}]})):
         path.write_text(damage)
         assert load_curve("a") is None
+
+
+def test_a_curve_of_a_busy_machine_is_contradicted_and_then_merged():
+    def run(size):
+        time.sleep(1e-4 * size)
+
+    assert curve({32: 0.2, 64: 0.5}).is_contradicted(run)
+    assert not curve({32: 1e-4 * 32, 64: 0.5}).is_contradicted(run)
+    merged = curve({32: 0.2, 64: 0.5, 1024: 3.0}).merged(curve({64: 0.1, 32: 0.3, 128: 0.2}))
+    assert merged == curve({32: 0.2, 64: 0.1, 128: 0.2, 1024: 3.0})
+
+
+def test_a_start_on_a_quiet_machine_replaces_a_busy_measurement(tmp_path, monkeypatch, harness):
+    monkeypatch.setenv("STERNA_HOME", str(tmp_path))
+    engine = harness().engine
+    save_curve("a", curve({32: 100.0}))
+    found = tune_budget(engine, "a")
+    assert len(found.points) > 1 and found.points[0].seconds < 50
+    assert load_curve("a") == found
+    monkeypatch.setattr(engine.runner, "run_probe", lambda size: time.sleep(1.0))
+    assert tune_budget(engine, "a") == found  # busy now: what was measured stays
 
 
 def test_the_budget_is_bounded_by_the_buffers(harness):

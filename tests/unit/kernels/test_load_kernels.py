@@ -65,7 +65,8 @@ def test_triton_serves_the_cpu_where_it_is_interpreted():
         "print({r.op: r.backend for r in describe() if r.backend != 'reference'})"
     )
     done = run(code, STERNA_KERNELS="triton", TRITON_INTERPRET="1")
-    assert done.stdout.strip() == "{'attention': 'triton'}", done.stderr
+    wanted = "{'attention': 'triton', 'shared_attention': 'triton'}"
+    assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_cpu_users_never_import_triton():

@@ -25,6 +25,9 @@ from sterna.train.memory import OPTIM_BYTES, Job, Layout, Shape, estimate
 
 Parts = dict[str, float]
 FEW_ROWS = 256  # of logits at a time on a CPU: train/longseq/head.py
+# An adapter's update against what is counted of it: float32 blocks that the allocator keeps apart,
+# the backward of gate and up. Set on one run of SmolLM2-135M (bench/align/memory.py), not derived.
+ADAPTED = 1.4
 PLAIN = LongseqSection.model_validate({})
 
 
@@ -81,6 +84,8 @@ def update_parts(
     """The largest moment of an update of one model. `has_head`: it has logits, not one score."""
     shape, b, full = model.shape, model.dtype_bytes, not model.is_adapted
     saved, block = graph_bytes(model, load, settings)
+    if not full:
+        saved, block = ADAPTED * saved, ADAPTED * block
     grads = model.trained * (b if full else 4)
     sums = 4.0 * model.trained if load.micros > 1 and full and b < 4 else 0.0
     rows = 2.0 * b * load.tokens * shape.hidden

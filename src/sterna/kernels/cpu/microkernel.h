@@ -31,8 +31,9 @@ static inline INLINE void repeat(F f) {
 // SmolLM2 where 1e-4 is the bound.
 constexpr int RUN = 16;
 
-// Memory to ask for while multiplying: one cache line of each of LINES streams a k step.
-template <int LINES>
+// Memory to ask for while multiplying: one cache line of each of LINES streams a k step, into the
+// level-2 cache (LEVEL 2) or the first as well (3): what `__builtin_prefetch` calls locality.
+template <int LINES, int LEVEL = 2>
 struct Ahead {
   const char* at[LINES ? LINES : 1];
   static INLINE Ahead streams(const char* first, int64_t distance) {
@@ -41,15 +42,15 @@ struct Ahead {
     return ahead;
   }
   INLINE void step(int k) const {
-    repeat<LINES>([&](auto i) INLINE { __builtin_prefetch(at[i] + int64_t(k) * 64, 0, 2); });
+    repeat<LINES>([&](auto i) INLINE { __builtin_prefetch(at[i] + int64_t(k) * 64, 0, LEVEL); });
   }
 };
 
 // b[j] points at vector j of k step 0; b_step is the distance of k steps in elements.
-template <int MR, int NV, int LINES = 0>
+template <int MR, int NV, int LINES = 0, int LEVEL = 2>
 static inline INLINE void multiply(vf (&acc)[MR][NV], const float* a, int64_t lda,
                                    const float* const (&b)[NV], int64_t b_step, int num_steps,
-                                   Ahead<LINES> ahead = {}) {
+                                   Ahead<LINES, LEVEL> ahead = {}) {
   for (int first = 0; first < num_steps; first += RUN) {
     int last = num_steps - first < RUN ? num_steps : first + RUN;
     vf run[MR][NV] = {};
@@ -68,10 +69,10 @@ static inline INLINE void multiply(vf (&acc)[MR][NV], const float* a, int64_t ld
   }
 }
 
-template <int MR, int NV, int LINES = 0>
+template <int MR, int NV, int LINES = 0, int LEVEL = 2>
 static inline INLINE void multiply(vf (&acc)[MR][NV], const bf16* a, int64_t lda,
                                    const bf16* const (&b)[NV], int64_t b_step, int num_steps,
-                                   Ahead<LINES> ahead = {}) {
+                                   Ahead<LINES, LEVEL> ahead = {}) {
   for (int k = 0; k < num_steps; ++k) {
     ahead.step(k);
 #if defined(__AVX512BF16__)
