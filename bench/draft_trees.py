@@ -87,11 +87,14 @@ def make(args: argparse.Namespace) -> None:
     renderer, variants = ChatRenderer(engine.tokenizer), Variants(engine, {})
     found = {}
     for name, chats in all_tasks(args.questions).items():
+        if name == "loop":
+            continue
         prompts = [engine.tokenizer.encode(renderer.render(chat), False) for chat in chats]
         variants.use(PLAIN)
-        _, outputs = variants.run(prompts, 8, args.tokens, 0.0)
+        _, outputs = variants.run(chats, 8, args.tokens, 0.0)
         found[name] = [
-            {"prompt": prompt, "completion": outputs[str(i)]} for i, prompt in enumerate(prompts)
+            {"prompt": prompt, "completion": outputs[f"{i}.{i // 8 * 8}"]}
+            for i, prompt in enumerate(prompts)
         ]
     args.file.write_text(json.dumps(found))
 

@@ -1,7 +1,7 @@
-"""Speculation against plain decoding: five kinds of work, batch 1 and 8, one engine, in turn.
+"""Speculation against plain decoding: six kinds of work, batch 1 and 8, one engine, in turn.
 
     python bench/speculate.py [--variants suffix,suffix+mlp] [--speculator FOLDER ...]
-        [--tasks edit,agent,rag,json,chat] [--batches 1,8] [--rounds 3] [--weights bf16]
+        [--tasks edit,agent,loop,rag,json,chat] [--batches 1,8] [--rounds 3] [--weights bf16]
         [--questions mt_bench.jsonl] [--tokens 160] [--rivals llamacpp,vllm]
         [--into bench/results/FILE.json]
 
@@ -10,6 +10,10 @@ and drafters that remember nothing from before. Outputs must be equal. Figures a
 rounds; ratios are to the plain run of the same round. `--rivals` (speculate_rivals.py) answer the
 same prompts; `--variants ""` runs them alone. `--into` adds each task as it is done to a stored
 result of the same machine and settings.
+
+`agent` is the last turn of a scripted loop and nothing cached; `loop` is the whole loop with the
+model's own answers, each turn finding those before it in the prefix cache, plain and speculating.
+"bound" is what the ratio would be if decoding took no time: the prompts' share is left.
 
 Shares are of the time of decode steps: "drafting" is spent in drafters, "verifying" is what
 steps took beyond as many plain steps.
@@ -29,7 +33,7 @@ from rich.table import Table
 
 from speculate_prompts import all_tasks
 from speculate_rivals import rival_rows
-from speculate_run import PLAIN, Run, Variants
+from speculate_run import PLAIN, Chat, Run, Variants
 from sterna.core.machine import fingerprint
 from sterna.engine.build import build_engine
 from sterna.engine.config import EngineConfig
@@ -38,6 +42,7 @@ from sterna.text.chat import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("task", "batch", "variant", "speed", "ratio", "decode_speed", "decode_ratio", "worst",
+           "bound",
            "tokens_a_step", "accepted_a_draft", "accepted_share", "drafting_share",
            "verifying_share")  # fmt: skip
 console = Console(width=170)
@@ -61,8 +66,9 @@ def main() -> None:
         chats = all_tasks(args.questions)[name]
         prompts = [engine.tokenizer.encode(renderer.render(chat), False) for chat in chats]
         for batch in map(int, args.batches.split(",")):
-            new = _compare(variants, args, name, prompts, batch) if args.variants else []
+            new = _compare(variants, args, name, chats, batch) if args.variants else []
             for rival in filter(None, args.rivals.split(",")):
+                assert name != "loop", "rivals answer one turn"
                 new += rival_rows(rival, name, prompts, batch, args.tokens, args.rounds)
             rows += new
             if args.into:
@@ -72,7 +78,7 @@ def main() -> None:
 
 
 def _compare(
-    variants: Variants, args: argparse.Namespace, task: str, prompts: list[list[int]], batch: int
+    variants: Variants, args: argparse.Namespace, task: str, chats: list[Chat], batch: int
 ) -> list[dict[str, Any]]:
     names = [PLAIN, *args.variants.split(",")]
     found: dict[str, list[Run]] = {name: [] for name in names}
@@ -80,7 +86,7 @@ def _compare(
     for i in range(args.rounds):
         for name in [PLAIN, *(names[1:] if i % 2 else names[:0:-1])]:
             variants.use(name)
-            run, outputs = variants.run(prompts, batch, args.tokens, args.temperature)
+            run, outputs = variants.run(chats, batch, args.tokens, args.temperature)
             want = want or outputs
             assert outputs == want, f"{name} changed the output of {task}"
             found[name].append(run)
@@ -103,6 +109,7 @@ def _row(task: str, batch: int, name: str, plain: list[Run], runs: list[Run]) ->
         "decode_speed": statistics.median(r.decode_speed for r in runs),
         "decode_ratio": statistics.median(ratios),
         "worst": min(ratios),
+        "bound": statistics.median(r.seconds / max(r.seconds - r.decode_s, 1e-9) for r in plain),
         "tokens_a_step": one.decode_tokens / one.num_decode_steps / batch,
         "accepted_a_draft": one.num_accepted / max(one.num_drafts, 1),
         "accepted_share": one.num_accepted / max(one.num_drafted, 1),
@@ -163,7 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tasks", default="edit,agent,rag,json,chat")
+    parser.add_argument("--tasks", default="edit,agent,loop,rag,json,chat")
     parser.add_argument("--variants", default="suffix")
     parser.add_argument("--speculator", action="append", default=[])
     parser.add_argument("--draft-tokens", type=int, default=32)

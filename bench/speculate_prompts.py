@@ -1,4 +1,4 @@
-"""Prompts of bench/speculate.py: five kinds of work, on texts that are on every machine.
+"""Prompts of bench/speculate.py: six kinds of work, on texts that are on every machine.
 
 Code comes from Python's standard library, prose from this repository's docs; the chat questions are
 short ones of our own unless a file of MT-Bench questions is given.
@@ -82,6 +82,11 @@ def agents() -> list[Chat]:
     return found
 
 
+def loops() -> list[Chat]:
+    """The same loops without the answers: the model gives them."""
+    return [[message for message in chat if message["role"] != "assistant"] for chat in agents()]
+
+
 def chats(questions: Path | None) -> list[Chat]:
     """First turns of MT-Bench, or our own."""
     if questions is None:
@@ -108,6 +113,7 @@ def all_tasks(questions: Path | None) -> dict[str, list[Chat]]:
     return {
         "edit": edits(),
         "agent": agents(),
+        "loop": loops(),
         "rag": rag(),
         "json": extractions(),
         "chat": chats(questions),

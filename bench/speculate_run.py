@@ -13,10 +13,12 @@ from sterna.engine.engine import Engine
 from sterna.engine.request import DraftResult, EngineRequest, SamplingParams, StepStats
 from sterna.engine.speculate import Speculator
 from sterna.model.decoder import Decoder
+from sterna.text.chat import ChatRenderer
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Outputs = dict[str, list[int]]
+Chat = list[dict[str, str]]
 PLAIN = "plain"
 
 
@@ -46,6 +48,27 @@ class Run:
         return self.decode_tokens / self.decode_s
 
 
+class Talk:
+    """A conversation: user messages that no scripted answer follows are answered by the model."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._left = list(chat)
+        self._said: Chat = []
+
+    def next_prompt(self) -> Chat | None:
+        """All messages up to the next one to answer, or None at the end."""
+        while self._left:
+            self._said.append(self._left.pop(0))
+            is_followed = bool(self._left) and self._left[0]["role"] == "assistant"
+            if self._said[-1]["role"] == "user" and not is_followed:
+                return self._said
+        return None
+
+    def answer(self, text: str) -> None:
+        """What the model said."""
+        self._said.append({"role": "assistant", "content": text})
+
+
 class Variants:
     """The drafters of one engine, exchanged between runs; each run's remember nothing."""
 
@@ -53,6 +76,7 @@ class Variants:
         """`speculators`: folder by kind of cell."""
         self.engine = engine
         self.drafting_s = 0.0
+        self._renderer = ChatRenderer(engine.tokenizer)
         self._speculators = speculators
         assert engine.speculator is not None, "built with drafters"
         self._speculator = engine.speculator
@@ -74,37 +98,59 @@ class Variants:
         self.engine.pool.clear_cache()
 
     def run(
-        self, prompts: list[list[int]], batch: int, num_tokens: int, temperature: float
+        self, chats: list[Chat], batch: int, num_tokens: int, temperature: float
     ) -> tuple[Run, Outputs]:
-        """All prompts, `batch` at a time, in the current variant."""
+        """All conversations, `batch` at a time and turn by turn, in the current variant.
+
+        A turn finds those before it in the prefix cache. Only the engine's time counts.
+        """
         steps: list[StepStats] = []
         self.engine.on_step.append(steps.append)
         found: Outputs = {}
         gained: list[int] = []
-        self.drafting_s = 0.0
-        started = time.perf_counter()
-        for first in range(0, len(prompts), batch):
-            for i, prompt in enumerate(prompts[first : first + batch]):
-                params = SamplingParams(
-                    temperature=temperature, max_tokens=num_tokens, seed=1,
-                    speculation=bool(self._speculator.drafters),
-                )  # fmt: skip
-                self.engine.add(
-                    EngineRequest(
-                        request_id=str(first + i), prompt_token_ids=tuple(prompt), params=params
+        self.drafting_s = seconds = 0.0
+        params = SamplingParams(
+            temperature=temperature, max_tokens=num_tokens, seed=1,
+            speculation=bool(self._speculator.drafters),
+        )  # fmt: skip
+        for first in range(0, len(chats), batch):
+            talks = {str(first + i): Talk(c) for i, c in enumerate(chats[first : first + batch])}
+            while prompts := self._next_prompts(talks, len(found)):
+                started = time.perf_counter()
+                for name, prompt in prompts.items():
+                    request = EngineRequest(
+                        request_id=name, prompt_token_ids=tuple(prompt), params=params
                     )
-                )
-            while self.engine.has_work:
-                new = [
-                    (o.request_id, token)
-                    for o in self.engine.step() for d in o.deltas for token in d.token_ids
-                ]  # fmt: skip
-                gained.append(len(new))
-                for name, token in new:
-                    found.setdefault(name, []).append(token)
-        seconds = time.perf_counter() - started
+                    self.engine.add(request)
+                gained += self._drain(found)
+                seconds += time.perf_counter() - started
+                for name in prompts:
+                    text = self.engine.tokenizer.decode(found.get(name, []))
+                    talks[name.split(".")[0]].answer(text)
         self.engine.on_step.pop()
         return self._as_run(steps, gained, seconds), found
+
+    def _next_prompts(self, talks: dict[str, Talk], turn: int) -> dict[str, list[int]]:
+        """Of the conversations that go on; `turn` makes the names of requests differ."""
+        found = {}
+        for name, talk in talks.items():
+            if (chat := talk.next_prompt()) is not None:
+                text = self._renderer.render(chat)
+                found[f"{name}.{turn}"] = self.engine.tokenizer.encode(text, False)
+        return found
+
+    def _drain(self, found: Outputs) -> list[int]:
+        """Run until nobody waits; how many tokens each step gave."""
+        gained = []
+        while self.engine.has_work:
+            new = [
+                (o.request_id, token)
+                for o in self.engine.step() for d in o.deltas for token in d.token_ids
+            ]  # fmt: skip
+            gained.append(len(new))
+            for name, token in new:
+                found.setdefault(name, []).append(token)
+        return gained
 
     def _as_run(self, steps: list[StepStats], gained: list[int], seconds: float) -> Run:
         decoding = [(s, n) for s, n in zip(steps, gained, strict=True) if not s.num_prompt_tokens]

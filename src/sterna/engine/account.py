@@ -2,15 +2,16 @@
 
 A drafter has an account at every size of batch, in seconds:
 
-    + a share of every step's time                  the allowance, SHARE for all drafters together
+    + a share of every step's time                  the allowance, SHARE for all drafters together,
+                                                    and START plain steps to begin with
     - what asking it took                           measured
     - what its rows added to the step               measured: the step less asking less a plain step
     + plain_s / n for each token that came true     n decodes took plain_s without drafts
 
 It is asked only while the account covers asking and one row, and rows are verified only as far as
 the account covers all of them being wrong. So an account is never overdrawn by more than one step
-was misjudged, and over any time T the losses at a size of batch are at most SHARE * T and those
-few steps: a bound by construction, whatever drafts are worth. What was gained earlier may be lost
+was misjudged, and over any time T the losses at a size of batch are at most SHARE * T, START and
+that step: a bound by construction, whatever drafts are worth. What was gained earlier may be lost
 again only up to MAX_SAVED plain steps, so the bound holds from any moment on, with that constant.
 
 `plain_s` comes from real steps without drafts of that size of batch: the first KNOWN ones, those
@@ -26,9 +27,10 @@ from collections.abc import Sequence
 from typing import Final
 
 SHARE: Final = 0.015
-MAX_SAVED: Final = 8.0  # plain steps
+MAX_SAVED: Final = 64.0  # plain steps
+START: Final = 1.0  # plain steps, once
 LOSS: Final = 0.5  # plain steps
-LEAST: Final = 1 / 8
+LEAST: Final = 1 / 4
 KNOWN: Final = 2
 PLAIN_EVERY: Final = 64
 # Weight of a step in the averages, and how far one may move them: a process that was paused shows
@@ -42,9 +44,10 @@ FIRST_ASK: Final = 0.02
 class Account:
     """One drafter's at one size of batch. Seconds."""
 
-    def __init__(self, share: float) -> None:
-        """`share`: of every step's time."""
+    def __init__(self, share: float, first: float = 0.0) -> None:
+        """`share`: of every step's time. `first`: plain steps that it begins with."""
         self.balance = 0.0
+        self._first, self._is_open = first, False
         self.share = self._full = share
         self._ask_s = 0.0
         self._num_asks = 0
@@ -61,6 +64,8 @@ class Account:
     def allow(self, seconds: float, plain_s: float) -> None:
         """A step of `seconds` went by."""
         most = MAX_SAVED * plain_s
+        if not self._is_open:
+            self._is_open, self.balance = True, self._first * plain_s
         if self.balance < most:
             self.balance = min(self.balance + self.share * seconds, most)
 
@@ -89,7 +94,7 @@ class Size:
     def __init__(self, names: Sequence[str]) -> None:
         # Forwards of real plain steps by those of the cost model, and what a step takes beside.
         self.factor, self.overhead_s = 1.0, 0.0
-        self.accounts = {name: Account(SHARE / len(names)) for name in names}
+        self.accounts = {name: Account(SHARE / len(names), START / len(names)) for name in names}
         self._num_plain = 0
         self._num_drafted = 0  # since a plain one
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sterna.engine.account import MAX_SAVED, PLAIN_EVERY, Account, Size
+from sterna.engine.account import MAX_SAVED, PLAIN_EVERY, SHARE, Account, Size
 from sterna.engine.config import EngineConfig
 from sterna.engine.drafters.base import Draft
 from sterna.engine.speculate import Speculator
@@ -251,7 +251,7 @@ def test_the_bound_holds_against_an_adversary(seed):
     the share of the time, what was saved, and one step."""
     rng = random.Random(seed)
     step_s, row_s = 2e-3, rng.choice([0.0, 1e-4, 1e-3])
-    account, net, total = Account(0.02), [0.0], [0.0]
+    account, net, total = Account(SHARE), [0.0], [0.0]
     for i in range(4000):
         account.allow(step_s, step_s)
         gain = 0.0
@@ -268,23 +268,23 @@ def test_the_bound_holds_against_an_adversary(seed):
     overdrawn = 4e-4  # asking may take longer than expected, once
     best = max_drop = 0.0
     for gained, spent in zip(net, total, strict=True):
-        level = gained + 0.02 * spent
+        level = gained + SHARE * spent
         best = max(best, level)
         max_drop = max(max_drop, best - level)
     assert max_drop <= MAX_SAVED * step_s + overdrawn + 1e-9
-    assert min(g + 0.02 * t for g, t in zip(net, total, strict=True)) >= -overdrawn - 1e-9
+    assert min(g + SHARE * t for g, t in zip(net, total, strict=True)) >= -overdrawn - 1e-9
 
 
 def test_who_loses_is_asked_less_and_less_and_gets_another_chance():
-    account, asked = Account(0.02), []
+    account, asked = Account(SHARE), []
     for i in range(20_000):
         account.allow(1.0, 1.0)
         if account.affords(0.1, 1.0):
             account.note_ask(0.1, 1.0)
             asked.append(i)
-    assert len([i for i in asked if i < 500]) > 2 * len([i for i in asked if i > 19_500])
-    assert 0 < len(asked) * 0.1 < 0.005 * 20_000
-    while account.share < 0.02:
+    assert len([i for i in asked if i < 500]) > 1.2 * len([i for i in asked if i > 19_500])
+    assert 0 < len(asked) * 0.1 < 0.4 * SHARE * 20_000
+    while account.share < SHARE:
         account.allow(1.0, 1.0)
         if account.affords(0.1, 1.0):
             account.note_ask(0.1, 1.0)
