@@ -48,7 +48,7 @@ def _recipe(task: str, max_tokens: int, prompts: int, lr: float) -> Values:
 
 
 def _length_recipe(facts: Values, seed: int, variant: str) -> Values:
-    return _seeded(_recipe("length", 36, 6, 2e-5), seed)
+    return _seeded(_recipe("length", 36, 16, 4e-5), seed)
 
 
 def _format_recipe(facts: Values, seed: int, variant: str) -> Values:
@@ -65,7 +65,7 @@ def _seeded(values: Values, seed: int) -> Values:
 LENGTH = Experiment(
     name="length",
     about="SmolLM2-135M-Instruct writes about topics it was not trained on in N words, N = 5 to 20",
-    steps=30,
+    steps=40,
     variants=("grpo",),
     prepare=_prepare_length,
     recipe=_length_recipe,
