@@ -125,6 +125,10 @@ def test_micro_batches_count_a_shared_prompt_once():
     ]  # fmt: skip
     assert [len(part) for part in micro_batches(group, 25)] == [3, 1]
     assert [len(part) for part in micro_batches(group, 37)] == [4]
+    each = [rollout.num_tokens for rollout in group]
+    apart = micro_batches(group, 37, shares=False)
+    assert len(apart) > 1 and max(each) <= 37
+    assert all(sum(rollout.num_tokens for rollout in part) <= 37 for part in apart)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

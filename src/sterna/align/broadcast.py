@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,7 +94,7 @@ class Broadcast:
         self._group.broadcast([data], options).wait()
 
     def _send_object(self, value: Any) -> None:
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         self._broadcast(torch.tensor([len(data)], device=self._device))
         self._broadcast(data.to(self._device))
 
@@ -103,8 +103,10 @@ class Broadcast:
         self._broadcast(size)
         data = torch.empty(int(size), dtype=torch.uint8, device=self._device)
         self._broadcast(data)
-        found: tuple[int, Manifest] = pickle.loads(data.cpu().numpy().tobytes())
-        return found
+        version, manifest = json.loads(data.cpu().numpy().tobytes())
+        return version, {
+            n: (dtype, tuple(shape), total) for n, (dtype, shape, total) in manifest.items()
+        }
 
 
 def _take(

@@ -16,7 +16,7 @@ from sterna.align.experience import Models
 from sterna.align.learner import Learner, Trained, values_of
 from sterna.align.memory.away import Frozen
 from sterna.align.rollout import Rollout
-from sterna.align.score import completion_logprobs, micro_batches
+from sterna.align.score import completion_logprobs, micro_batches, shares_prompts
 from sterna.kernels.scores import Distribution
 from sterna.model.decoder import Decoder
 from sterna.model.hub import resolve_model
@@ -70,7 +70,7 @@ def logprobs_of(
 ) -> Tensor:
     """[N]: log-probs of the completions' tokens under `model`, without a graph."""
     distribution, size = distribution_of(recipe), recipe.algorithm.micro_tokens
-    parts = micro_batches(rollouts, size)
+    parts = micro_batches(rollouts, size, shares_prompts(model))
     found = [completion_logprobs(model, p, distribution, device=device)[0].cpu() for p in parts]
     return torch.cat(found) if found else torch.zeros(0)
 
@@ -86,7 +86,7 @@ def _values(
     the critic that is trained is the one that was asked, so its forward serves both.
     """
     settings = recipe.algorithm
-    parts = micro_batches(rollouts, settings.micro_tokens)
+    parts = micro_batches(rollouts, settings.micro_tokens, shares_prompts(critic.model))
     is_single = settings.epochs == settings.minibatches == len(parts) == learner.axis.size == 1
     with torch.set_grad_enabled(is_single):
         found = [values_of(critic.model, part, device).cpu() for part in parts]

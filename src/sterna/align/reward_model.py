@@ -8,7 +8,7 @@ import torch
 
 from sterna.align.memory.away import Frozen
 from sterna.align.reward import Sample
-from sterna.align.score import ended_batch, micro_batches
+from sterna.align.score import ended_batch, micro_batches, shares_prompts
 from sterna.model.value import ValueModel
 
 
@@ -29,7 +29,8 @@ class ModelReward:
         """The score at the last token, which is the end token where one was generated."""
         found: list[float] = []
         with self._frozen.here():
-            for part in micro_batches([sample.rollout for sample in samples], self._micro_tokens):
+            rollouts, shares = [sample.rollout for sample in samples], shares_prompts(self._model)
+            for part in micro_batches(rollouts, self._micro_tokens, shares):
                 asked = ended_batch(self._model, part, self._device)
                 found.extend(self._model.values(asked.batch)[asked.rows].tolist())
         return found

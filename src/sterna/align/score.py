@@ -39,13 +39,18 @@ class ScoredBatch:
     rows: Tensor  # int64: [N] before each completion token, or [B] the last of each rollout
 
 
+def shares_prompts(model: Any) -> bool:
+    """Whether `model` computes a group's prompt once; models behind transformers do not."""
+    return bool(getattr(model, "reads_shared_keys", False))
+
+
 def scored_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) -> ScoredBatch:
     """What `model` has to run to predict every completion token, and nothing else.
 
     The prompt of completions that follow each other is in it once, where the model can do that;
     last tokens predict nothing and are left out. A row's bits do not depend on either.
     """
-    if not getattr(model, "reads_shared_keys", False):
+    if not shares_prompts(model):
         rows, begin = [], 0
         for rollout in rollouts:
             first = begin + len(rollout.prompt) - 1
@@ -60,7 +65,7 @@ def scored_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) 
 
 def ended_batch(model: Any, rollouts: Sequence[Rollout], device: torch.device) -> ScoredBatch:
     """What `model` has to run to say something of each rollout at its last token."""
-    if not getattr(model, "reads_shared_keys", False):
+    if not shares_prompts(model):
         batch = rollout_batch(rollouts, device)
         return ScoredBatch(batch, batch.query_starts[1:].long() - 1)
     layout = _Layout()
@@ -182,15 +187,17 @@ def completion_logprobs(
     )
 
 
-def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+def micro_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, shares: bool = True
+) -> list[list[Rollout]]:
     """The rollouts, in order, cut into parts of at most `max_tokens` tokens (at least one each).
 
-    A prompt counts once in a part where it is that of the rollout before.
+    Where the model `shares` prompts, one counts once in a part if it is that of the rollout before.
     """
     parts: list[list[Rollout]] = []
     room = 0
     for rollout in rollouts:
-        size = added_tokens(rollout, parts[-1][-1] if parts else None)
+        size = added_tokens(rollout, parts[-1][-1] if parts and shares else None)
         if not parts or size > room:
             parts.append([])
             room, size = max_tokens, rollout.num_tokens
